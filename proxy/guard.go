@@ -1,0 +1,352 @@
+// Package proxy is the Guard: the one path of a call from the client through
+// verification and decision to Microsoft and back, and the account of it.
+//
+// The path is a single function, (*Guard).serve, in the order in which things
+// happen. It buffers no body, repeats no call, and answers every call exactly
+// once; what it learned on the way is one Record.
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/partnerguard/partnerguard/policy"
+)
+
+// Guard carries calls. It is safe for concurrent use; make it with New.
+type Guard struct {
+	policy      *policy.Policy
+	verifier    Verifier
+	ledger      Ledger
+	observer    Observer
+	upstreams   map[string]*Upstream
+	validateMFA ValidateMFA
+	needLedger  bool
+	instance    string
+	generation  uint64
+	now         func() time.Time
+
+	names autoNames
+}
+
+// Config is what New needs. Policy, Verifier, Ledger, Observer and at least one
+// Upstream are required.
+type Config struct {
+	Policy    *policy.Policy
+	Verifier  Verifier
+	Ledger    Ledger
+	Observer  Observer
+	Upstreams []*Upstream
+	// ValidateMFA says which app+user calls ask Microsoft for its own verdict.
+	// Zero asks for none.
+	ValidateMFA ValidateMFA
+	// NeedLedger refuses calls whose decision cannot be recorded
+	// (ledger.on_failure: reject). False forwards them and says so.
+	NeedLedger bool
+	Instance   string           // name of this guard, in every record
+	Generation uint64           // of the configuration, in every record
+	Now        func() time.Time // nil is time.Now
+}
+
+// Verifier tells what a bearer token says.
+type Verifier interface {
+	// Verify returns the token if it is valid for one of the audiences. Errors are
+	// *policy.TokenError; any other is taken for policy.ReasonInternalError.
+	Verify(ctx context.Context, raw string, audiences []string) (policy.Token, error)
+}
+
+// Ledger keeps the account of calls. Neither method may keep rec.
+type Ledger interface {
+	// Decide returns once rec's decision survives the death of this process.
+	Decide(rec *Record) error
+	// Finish adds the outcome of a call whose decision was kept.
+	Finish(rec *Record) error
+}
+
+// Observer is told of every finished call: for metrics, the span in ctx, and the
+// log. unrecorded is why the ledger lacks the call, wholly or in part, if it does.
+// It must not block and must not keep rec.
+type Observer interface {
+	Observe(ctx context.Context, rec *Record, unrecorded error)
+}
+
+// ValidateMFA says which app+user calls get the request header ValidateMfa: true,
+// to which Microsoft answers with isMfaCompliant.
+type ValidateMFA uint8
+
+const (
+	ValidateOff ValidateMFA = iota
+	ValidateReads
+	ValidateAll
+)
+
+// New checks cfg and returns a Guard.
+func New(cfg Config) (*Guard, error) {
+	switch {
+	case cfg.Policy == nil:
+		return nil, errors.New("proxy: Config.Policy is required")
+	case cfg.Verifier == nil:
+		return nil, errors.New("proxy: Config.Verifier is required")
+	case cfg.Ledger == nil:
+		return nil, errors.New("proxy: Config.Ledger is required")
+	case cfg.Observer == nil:
+		return nil, errors.New("proxy: Config.Observer is required")
+	case len(cfg.Upstreams) == 0:
+		return nil, errors.New("proxy: Config.Upstreams is required")
+	}
+	g := &Guard{
+		policy: cfg.Policy, verifier: cfg.Verifier, ledger: cfg.Ledger, observer: cfg.Observer,
+		upstreams: map[string]*Upstream{}, validateMFA: cfg.ValidateMFA, needLedger: cfg.NeedLedger,
+		instance: cfg.Instance, generation: cfg.Generation, now: cfg.Now,
+	}
+	if g.now == nil {
+		g.now = time.Now
+	}
+	for _, u := range cfg.Upstreams {
+		g.upstreams[u.name] = u
+	}
+	return g, nil
+}
+
+// Listener is what a call shows by the socket it came in by.
+type Listener struct {
+	Name        string
+	Integration string // that the listener belongs to; empty if none
+	Upstream    string // name of the upstream it leads to
+}
+
+// Handler returns the handler of one listener. It must be the server's whole
+// handler: a mux in front would clean and redirect paths.
+func (g *Guard) Handler(l Listener) (http.Handler, error) {
+	up := g.upstreams[l.Upstream]
+	if up == nil {
+		return nil, fmt.Errorf("proxy: listener %s leads to upstream %q, which is not configured", l.Name, l.Upstream)
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		g.serve(w, r, &l, up)
+	}), nil
+}
+
+// serve is the path of a call.
+func (g *Guard) serve(w http.ResponseWriter, r *http.Request, l *Listener, up *Upstream) {
+	c := g.begin(w, r, l, up)
+	defer g.finish(c)
+
+	g.judge(c)
+
+	if err := g.ledger.Decide(&c.rec); err != nil {
+		c.unrecorded = err
+		if g.needLedger && c.rec.Effect != policy.Reject {
+			c.rec.Effect, c.rec.Reason = policy.Reject, policy.ReasonLedgerUnavailable
+		}
+	}
+	if c.rec.Effect == policy.Reject {
+		g.refuse(c, c.rec.Reason)
+		return
+	}
+	g.forward(c)
+}
+
+// call is the state of one call. It is not pooled: the transport's goroutines may
+// outlive the handler.
+type call struct {
+	http.ResponseWriter // the client's
+	in                  *http.Request
+	upstream            *Upstream
+	rec                 Record
+	facts               policy.Call
+
+	target     string // request-target for the upstream, byte for byte
+	bearer     string
+	askedMFA   bool  // the client itself asked for isMfaCompliant
+	unrecorded error // why the ledger lacks the call
+	judged     bool
+
+	forwarded   bool // the transport was given the call
+	wroteHeader bool
+	writeErr    error // of a write to the client
+	body        *requestBody
+	answer      *answerCopy
+	sent        time.Time
+	sends       *atomic.Int32 // times the request header went out
+	report      func(error)   // tells the breaker
+	ownListener bool          // the upstream's address turned out to be ours
+}
+
+// begin reads what the request shows before any of it is trusted.
+func (g *Guard) begin(w http.ResponseWriter, r *http.Request, l *Listener, up *Upstream) *call {
+	c := &call{ResponseWriter: w, in: r, upstream: up}
+	rec, facts := &c.rec, &c.facts
+	id, err := uuid.NewV7()
+	if err != nil {
+		panic(err) // no entropy: crypto/rand itself never returns this
+	}
+	now := g.now().UTC()
+	rec.Call, rec.Time, rec.Instance, rec.Generation = id, now, g.instance, g.generation
+	rec.Listener, rec.Upstream, rec.Method = l.Name, up.name, clip(r.Method, maxText)
+	stripOurs(r.Header)
+	// A trailer could repeat any header after the decision; nothing needs them.
+	r.Trailer = nil
+	r.Header.Del("Upgrade")
+
+	facts.Time, facts.Method = now, r.Method
+	e := &facts.Evidence
+	e.Listener, e.ListenerIntegration = l.Name, l.Integration
+	if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+		e.Peer = peer.Addr().Unmap()
+		rec.Peer = e.Peer.String()
+	}
+	e.Host = hostName(r.Host)
+	e.Application = headerValue(r.Header, "Ms-Partnercenter-Application")
+	e.UserAgent = headerValue(r.Header, "User-Agent")
+	rec.Application, rec.UserAgent = clip(e.Application, maxText), clip(e.UserAgent, maxText)
+
+	g.readTarget(c)
+	g.readBearer(c)
+	c.identify()
+	_, c.askedMFA = r.Header["Validatemfa"]
+	if r.Body != nil && r.Body != http.NoBody {
+		c.body = &requestBody{ReadCloser: r.Body}
+		r.Body = c.body
+	}
+	return c
+}
+
+// judge verifies, attributes and decides. A panic on the way is a Reason of its
+// own and lets nothing through that anything but audit would stop.
+func (g *Guard) judge(c *call) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.rec.Decision = policy.Decision{Reason: policy.ReasonInternalError, Mode: policy.Enforce, WouldReject: true}
+			if g.policy.AuditOnly() {
+				c.rec.Mode, c.rec.Effect = policy.Audit, policy.Allow
+			}
+		}
+		if c.rec.Integration == "" {
+			c.rec.Integration = policy.Unknown
+		}
+		c.judged = true
+	}()
+	rec, facts := &c.rec, &c.facts
+
+	if facts.Refusal == "" {
+		facts.Token, facts.TokenReason = g.verify(c)
+		rec.Token = facts.Token
+	}
+	facts.Attribution = g.policy.Attribute(facts)
+	rec.Integration = g.names.bound(facts.Attribution.Name)
+	rec.Evidence, rec.Owner = facts.Attribution.Evidence, facts.Attribution.Owner
+	if facts.Refusal == "" && facts.Evidence.Prefix != "" && !g.policy.KnowsPrefix(facts.Evidence.Prefix) {
+		facts.Refusal = policy.ReasonIntegrationUnknown
+	}
+	rec.Decision = g.policy.Decide(facts)
+}
+
+// verify reads the bearer token.
+func (g *Guard) verify(c *call) (t policy.Token, reason policy.Reason) {
+	if c.bearer == "" {
+		return policy.Token{}, policy.ReasonTokenMissing
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			t, reason = policy.Token{}, policy.ReasonInternalError
+		}
+	}()
+	t, err := g.verifier.Verify(c.in.Context(), c.bearer, c.upstream.audiences)
+	if err == nil {
+		t.Verified = true
+		return t, ""
+	}
+	var te *policy.TokenError
+	if !errors.As(err, &te) || te.Reason == "" {
+		return policy.Token{}, policy.ReasonInternalError
+	}
+	te.Claimed.Verified = false
+	if te.Reason == policy.ReasonTokenOpaque || te.Reason == policy.ReasonTokenEncrypted {
+		te.Claimed.Kind = policy.KindOpaque
+	}
+	return te.Claimed, te.Reason
+}
+
+// finish closes the account of the call, however it ended.
+func (g *Guard) finish(c *call) {
+	panicked := recover()
+	rec := &c.rec
+	aborted := panicked != nil && (c.wroteHeader || panicked == http.ErrAbortHandler)
+	if panicked != nil && !aborted {
+		// A mistake of ours before anything was said: say so in our own words.
+		rec.Error = string(policy.ReasonInternalError)
+		g.refuse(c, policy.ReasonInternalError)
+	}
+	rec.Duration = g.now().Sub(rec.Time)
+	if c.body != nil {
+		rec.BytesIn = c.body.n.Load()
+	}
+	if c.sends != nil {
+		rec.Replays = max(0, int(c.sends.Load())-1)
+	}
+	if c.answer != nil {
+		rec.Rejection, rec.Code = readRejection(rec.Status, rec.UpstreamStatus, c.answer.header, c.answer.bytes())
+	}
+	if aborted && rec.Error == "" {
+		rec.Error = errorUpstreamAborted
+		if c.in.Context().Err() != nil || c.writeErr != nil {
+			rec.Error = errorClientCanceled
+		}
+	}
+	if c.report != nil {
+		c.report(errNeutral) // only counts where nothing was reported before
+	}
+	if c.unrecorded == nil {
+		c.unrecorded = g.ledger.Finish(rec)
+	}
+	g.observer.Observe(c.in.Context(), rec, c.unrecorded)
+	if aborted {
+		// The client must see a broken transfer, never a clean short answer.
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// Words of Record.Error besides the reasons.
+const (
+	errorClientCanceled  = "client_canceled"  // the client hung up
+	errorUpstreamAborted = "upstream_aborted" // the upstream broke off in the middle of its answer
+)
+
+// autoNames bounds the names that callers get from their verified app id.
+type autoNames struct {
+	mu    sync.RWMutex
+	known map[string]struct{}
+}
+
+const maxAutoNames = 1000
+
+// bound returns name, or policy.Other once there are too many made-up names.
+func (a *autoNames) bound(name string) string {
+	if len(name) != len("app-")+36 || name[:4] != "app-" {
+		return name
+	}
+	a.mu.RLock()
+	_, ok := a.known[name]
+	a.mu.RUnlock()
+	if ok {
+		return name
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.known) >= maxAutoNames {
+		return policy.Other
+	}
+	if a.known == nil {
+		a.known = map[string]struct{}{}
+	}
+	a.known[name] = struct{}{}
+	return name
+}
