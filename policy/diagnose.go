@@ -243,7 +243,8 @@ func refusal(t Token, reason Reason, k Rejection, code string) []Cause {
 	case RejectionAudienceRefused:
 		causes := ownReason(t, ReasonTokenWrongAudience)
 		if reason != ReasonTokenWrongAudience && causes[0].Code != "legacy_audience" {
-			causes[0].Confidence = Likely // Microsoft's word, not the token's
+			// Microsoft's word, not the token's.
+			causes[0].Confidence, causes[0].Text = Likely, "Microsoft takes the token to be for another API than Partner Center (900420)."
 		}
 		return causes
 	case RejectionTokenRefused:
@@ -251,7 +252,7 @@ func refusal(t Token, reason Reason, k Rejection, code string) []Cause {
 			return causes
 		}
 		return one(Possible, "token_refused",
-			"Microsoft refused the token although it verifies here: it may be revoked, or its user or application disabled.",
+			"Microsoft refused the token itself: it may be revoked, or its user or application disabled.",
 			"Fetch a new token; look at the user, the consent and the application in Entra.")
 	case RejectionClaimsChallenge:
 		return one(Likely, "claims_challenge",

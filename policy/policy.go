@@ -28,6 +28,7 @@ type Policy struct {
 	byName         map[string]*Integration
 	prefixes       map[string]struct{} // names that /i/{name}/ knows
 	auditOnly      bool
+	routed         bool // some rule looks at the path
 }
 
 // Config is what New needs. Mode is required.
@@ -84,7 +85,7 @@ func New(cfg Config) (*Policy, error) {
 	}
 	for i, t := range cfg.Tenants {
 		if !IsGUID(t) {
-			bad(fmt.Sprintf("tenants[%d]", i), "is not a tenant id", "write the tenant's GUID, such as 1b2c3d4e-0a1b-4c2d-8e3f-901234567890")
+			bad(fmt.Sprintf("tenants[%d]", i), fmt.Sprintf("%q is not a tenant id", t), "write the tenant's GUID, such as 1b2c3d4e-0a1b-4c2d-8e3f-901234567890")
 			continue
 		}
 		p.tenants = append(p.tenants, strings.ToLower(t))
@@ -118,7 +119,8 @@ func New(cfg Config) (*Policy, error) {
 	for i, r := range cfg.Rules {
 		path := fmt.Sprintf("rules[%d]", i)
 		p.rules = append(p.rules, compileRule(r, path, p, bad))
-		p.auditOnly = p.auditOnly && r.Mode == Audit
+		p.routed = p.routed || len(r.Routes) > 0
+		p.auditOnly = p.auditOnly && (r.Mode == Audit || r.Mode == Inherit) // Inherit was reported
 	}
 	if !p.auditOnly && len(p.tenants) == 0 && cfg.Mode != Inherit {
 		bad("tenants", "is required as soon as any mode is tag or enforce, also in the future", "list the partner tenants whose tokens are accepted")

@@ -94,8 +94,8 @@ func compileRule(r Rule, path string, p *Policy, bad func(path, problem, hint st
 	return c
 }
 
-// match is whether a rule holds for a call. Maybe is for what only the caller's
-// word supports: the guard then looks at both answers and takes the stricter.
+// match is whether a rule holds for a call. Maybe is for what nobody can tell: the
+// guard then looks at both answers and takes the stricter.
 type match uint8
 
 const (
@@ -105,34 +105,58 @@ const (
 )
 
 // resolve finds the mode of c: of the first rule that matches, else of the
-// integration, else the global one. Where a match rests on weak evidence, on a
-// tenant that nobody verified or on a path that reads differently once decoded,
-// the mode is resolved both ways and the stricter holds, so that nothing a caller
-// merely claims can loosen what holds for it.
+// integration, else the global one. Where the name rests on weak evidence, or the
+// path reads differently once decoded, each reading is resolved by itself and the
+// strictest holds, so that nothing a caller merely claims can loosen what holds
+// for it.
 func (p *Policy) resolve(c *Call) (Mode, string) {
 	strictest, by := Inherit, ""
-	var paths pathForms
-	for i := range p.rules {
-		r := &p.rules[i]
-		m := r.match(c, &paths)
-		if m == no {
+	a := &c.Attribution
+	var literal, decoded []string
+	if p.routed {
+		literal, decoded = pathForms(c.Path)
+	}
+	for i, name := range a.names {
+		in := a.fallback
+		if i == 0 {
+			in = a.integration
+		} else if name == a.names[i-1] && a.integration == a.fallback {
 			continue
 		}
-		if r.Mode > strictest {
+		m, rule := p.resolveAs(c, name, in, literal)
+		if m > strictest {
+			strictest, by = m, rule
+		}
+		if decoded == nil {
+			continue
+		}
+		if m, rule = p.resolveAs(c, name, in, decoded); m > strictest {
+			strictest, by = m, rule
+		}
+	}
+	return strictest, by
+}
+
+// resolveAs is the mode of c under one name and one reading of its path. Rules
+// that may or may not hold, as nobody can tell, count with what follows them.
+func (p *Policy) resolveAs(c *Call, name string, in *Integration, path []string) (Mode, string) {
+	strictest, by := Inherit, ""
+	for i := range p.rules {
+		r := &p.rules[i]
+		m := r.match(c, name, path)
+		if m != no && r.Mode > strictest {
 			strictest, by = r.Mode, r.Name
 		}
 		if m == yes {
 			return p.orEnforce(strictest), by
 		}
 	}
-	for _, in := range [2]*Integration{c.Attribution.integration, c.Attribution.fallback} {
-		m := p.mode
-		if in != nil && in.Mode != Inherit {
-			m = in.Mode
-		}
-		if m > strictest {
-			strictest, by = m, ""
-		}
+	m := p.mode
+	if in != nil && in.Mode != Inherit {
+		m = in.Mode
+	}
+	if m > strictest {
+		strictest, by = m, ""
 	}
 	return p.orEnforce(strictest), by
 }
@@ -145,47 +169,38 @@ func (p *Policy) orEnforce(m Mode) Mode {
 	return m
 }
 
-func (r *rule) match(c *Call, paths *pathForms) match {
+func (r *rule) match(c *Call, name string, path []string) match {
 	if !r.From.IsZero() && c.Time.Before(r.From) || !r.Until.IsZero() && !c.Time.Before(r.Until) {
 		return no
 	}
-	if len(r.Methods) > 0 && !slices.Contains(r.Methods, c.Method) {
+	// Servers are known to read methods without case.
+	if len(r.Methods) > 0 && !slices.ContainsFunc(r.Methods, func(m string) bool { return strings.EqualFold(m, c.Method) }) {
+		return no
+	}
+	if len(r.routes) > 0 && !slices.ContainsFunc(r.routes, func(p []string) bool { return matchRoute(p, path) }) {
+		return no
+	}
+	if len(r.Integrations) > 0 && !slices.Contains(r.Integrations, name) {
 		return no
 	}
 	m := yes
-	if len(r.routes) > 0 {
-		m = min(m, r.matchRoutes(c, paths))
-	}
 	if len(r.Tenants) > 0 {
 		switch {
 		case !c.Token.Verified:
-			m = min(m, maybe)
+			m = maybe
 		case !slices.Contains(r.Tenants, c.Token.TenantID):
 			return no
 		}
 	}
-	if len(r.Integrations) > 0 {
-		hits := 0
-		for _, name := range c.Attribution.names {
-			if slices.Contains(r.Integrations, name) {
-				hits++
-			}
-		}
-		switch hits {
-		case 0:
-			return no
-		case len(c.Attribution.names):
-		default:
-			m = min(m, maybe)
-		}
-	}
-	if m != no && r.Percent != nil && *r.Percent < 100 {
+	if r.Percent != nil && *r.Percent < 100 {
 		switch {
+		case *r.Percent == 0: // rolled back, for everyone
+			return no
 		case !c.Attribution.Strong:
 			// A call that cannot show whose it is counts as inside; it cannot buy
 			// itself a looser mode with that either.
-			m = min(m, maybe)
-		case dice(r.Name, c.Attribution.Name) >= uint64(*r.Percent):
+			m = maybe
+		case dice(r.Name, name) >= uint64(*r.Percent):
 			return no
 		}
 	}
@@ -196,22 +211,6 @@ func (r *rule) match(c *Call, paths *pathForms) match {
 func dice(rule, integration string) uint64 {
 	sum := sha256.Sum256([]byte(rule + "\x00" + integration))
 	return binary.BigEndian.Uint64(sum[:8]) % 100
-}
-
-func (r *rule) matchRoutes(c *Call, paths *pathForms) match {
-	paths.split(c.Path)
-	literal := slices.ContainsFunc(r.routes, func(p []string) bool { return matchRoute(p, paths.literal) })
-	decoded := literal
-	if paths.decoded != nil {
-		decoded = slices.ContainsFunc(r.routes, func(p []string) bool { return matchRoute(p, paths.decoded) })
-	}
-	switch {
-	case literal && decoded:
-		return yes
-	case literal || decoded:
-		return maybe
-	}
-	return no
 }
 
 // matchRoute reports whether segments match the pattern, both lower case.
@@ -228,25 +227,15 @@ func matchRoute(pattern, segments []string) bool {
 }
 
 // pathForms are the segments of a path as it stands and once decoded, lower case,
-// empty ones dropped.
-type pathForms struct {
-	literal []string
-	decoded []string // nil when decoding changes nothing
-	done    bool
-}
-
-func (f *pathForms) split(path string) {
-	if f.done {
-		return
+// empty ones dropped. decoded is nil when there is nothing to decode.
+func pathForms(path string) (literal, decoded []string) {
+	literal = appendSegments(nil, strings.ToLower(path))
+	if strings.Contains(path, "%") {
+		if d, err := url.PathUnescape(path); err == nil {
+			decoded = appendSegments([]string{}, strings.ToLower(d))
+		}
 	}
-	f.done = true
-	f.literal = appendSegments(nil, strings.ToLower(path))
-	if !strings.Contains(path, "%") {
-		return
-	}
-	if d, err := url.PathUnescape(path); err == nil {
-		f.decoded = appendSegments([]string{}, strings.ToLower(d))
-	}
+	return literal, decoded
 }
 
 // appendSegments appends the non-empty segments of path to dst.

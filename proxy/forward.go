@@ -29,7 +29,11 @@ func (g *Guard) forward(c *call) {
 		g.refuse(c, policy.ReasonUpstreamCircuitOpen)
 		return
 	}
-	c.forwarded = true
+	if c.body != nil {
+		// Once an answer begins, an HTTP/1 server throws away the first 256 KiB of
+		// the body that are still to come, unless told that both go on at a time.
+		http.NewResponseController(c.ResponseWriter).EnableFullDuplex() // HTTP/2 does so anyway
+	}
 	rp := httputil.ReverseProxy{
 		Transport:      c.upstream,
 		BufferPool:     buffers,

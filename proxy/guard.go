@@ -167,9 +167,7 @@ type call struct {
 	bearer     string
 	askedMFA   bool  // the client itself asked for isMfaCompliant
 	unrecorded error // why the ledger lacks the call
-	judged     bool
 
-	forwarded   bool // the transport was given the call
 	wroteHeader bool
 	writeErr    error // of a write to the client
 	body        *requestBody
@@ -232,7 +230,6 @@ func (g *Guard) judge(c *call) {
 		if c.rec.Integration == "" {
 			c.rec.Integration = policy.Unknown
 		}
-		c.judged = true
 	}()
 	rec, facts := &c.rec, &c.facts
 

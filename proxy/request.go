@@ -24,7 +24,7 @@ const (
 // readTarget finds the path and query that go upstream byte for byte, and refuses
 // what two readers could read differently.
 func (g *Guard) readTarget(c *call) {
-	switch c.in.Method {
+	switch strings.ToUpper(c.in.Method) {
 	case http.MethodConnect, http.MethodTrace, "TRACK":
 		c.facts.Refusal = policy.ReasonMethodRefused
 		return
