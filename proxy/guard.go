@@ -66,7 +66,7 @@ type Verifier interface {
 type Ledger interface {
 	// Decide returns once rec's decision survives the death of this process.
 	Decide(rec *Record) error
-	// Finish adds the outcome of a call whose decision was kept.
+	// Finish adds the outcome of a call that Decide was asked to keep.
 	Finish(rec *Record) error
 }
 
@@ -301,8 +301,9 @@ func (g *Guard) finish(c *call) {
 	if c.report != nil {
 		c.report(errNeutral) // only counts where nothing was reported before
 	}
-	if c.unrecorded == nil {
-		c.unrecorded = g.ledger.Finish(rec)
+	// A call whose decision was lost is still told, so that the gap counts it.
+	if err := g.ledger.Finish(rec); c.unrecorded == nil {
+		c.unrecorded = err
 	}
 	g.observer.Observe(c.in.Context(), rec, c.unrecorded)
 	if aborted {

@@ -73,6 +73,9 @@ func (m *memory) Decide(rec *proxy.Record) error {
 func (m *memory) Finish(rec *proxy.Record) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.broken != nil {
+		return m.broken
+	}
 	m.outcomes = append(m.outcomes, *rec)
 	return nil
 }

@@ -22,6 +22,7 @@ type Server struct {
 	name     string
 	listener net.Listener
 	http     *http.Server
+	tls      bool
 	unparsed func()
 	failed   chan error
 	serving  sync.WaitGroup
@@ -67,7 +68,7 @@ func Open(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open listener %s: %w", cfg.Name, err)
 	}
-	s.listener = l
+	s.listener, s.tls = l, config != nil
 	errorLog := cfg.ErrorLog
 	if errorLog == nil {
 		errorLog = log.New(io.Discard, "", 0)
@@ -94,14 +95,14 @@ func (s *Server) Address() netip.AddrPort {
 }
 
 // TLS reports whether the listener speaks TLS.
-func (s *Server) TLS() bool { return s.http.TLSConfig != nil }
+func (s *Server) TLS() bool { return s.tls }
 
 // Serve starts serving and returns at once. What ends it other than Shutdown
 // arrives on Failed.
 func (s *Server) Serve() {
 	s.serving.Go(func() {
 		var err error
-		if s.TLS() {
+		if s.tls {
 			err = s.http.ServeTLS(s.listener, "", "")
 		} else {
 			err = s.http.Serve(s.listener)

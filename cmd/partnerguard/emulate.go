@@ -1,0 +1,77 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/partnerguard/partnerguard/internal/emulator"
+	"github.com/spf13/cobra"
+)
+
+// Where emulate listens: fixed, so that a configuration can name it.
+const (
+	emulateEntra      = "127.0.0.1:8181"
+	emulateEntraTLS   = "127.0.0.1:8143"
+	emulatePartner    = "127.0.0.1:8182"
+	emulatePartnerTLS = "127.0.0.1:8144"
+)
+
+func newEmulate(e environment) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "emulate",
+		Short: "Run the emulator of Entra and Partner Center alone",
+		Long: `Run a stand-in for Microsoft's side on this machine, to try clients and the guard
+against before production: Entra with key sets and token endpoints (client
+credentials, password, refresh token, with and without MFA), and Partner Center
+with a dozen resources, MFA refusals in every known shape, throttling and paging.
+
+It prints how to get a token of each kind with curl. Put --print-config into a file
+and run partnerguard serve -c FILE beside it to have the guard in between.`,
+		Example: `  partnerguard emulate
+  partnerguard emulate --print-config > guard.yaml && partnerguard serve -c guard.yaml`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			printConfig, _ := c.Flags().GetBool("print-config")
+			exposure, _ := c.Flags().GetFloat64("exposure")
+			shapeName, _ := c.Flags().GetString("shape")
+			caFile, _ := c.Flags().GetString("ca")
+			shape, err := emulator.ParseShape(shapeName)
+			if err != nil {
+				return usage(err, "see partnerguard emulate --help")
+			}
+			if printConfig {
+				_, err := fmt.Fprint(e.out, emulator.ConfigYAML("http://"+emulateEntra, "http://"+emulatePartner))
+				return err
+			}
+			em, err := emulator.Start(emulator.Config{
+				EntraAddress: emulateEntra, EntraTLSAddress: emulateEntraTLS,
+				PartnerAddress: emulatePartner, PartnerTLSAddress: emulatePartnerTLS,
+				Exposure: exposure, ExposureGrowth: exposure / 10, Shape: shape,
+			})
+			if err != nil {
+				return failed(err, "the emulator uses fixed ports; is another one running?")
+			}
+			defer em.Close()
+			if caFile == "" {
+				caFile = filepath.Join(os.TempDir(), "partnerguard-emulator-ca.pem")
+			}
+			if err := os.WriteFile(caFile, em.CAPEM(), 0o644); err != nil {
+				return failed(fmt.Errorf("write the throw-away CA: %w", err), "see --ca")
+			}
+			fmt.Fprintf(e.out, "# Entra           %s   %s\n# Partner Center  %s   %s\n# CA of https     %s\n\n",
+				em.EntraURL(), em.EntraTLSURL(), em.PartnerURL(), em.PartnerTLSURL(), caFile)
+			if err := em.Recipe(e.out); err != nil {
+				return err
+			}
+			fmt.Fprintln(e.out, "\n# running until interrupted")
+			<-c.Context().Done()
+			return nil
+		},
+	}
+	c.Flags().Bool("print-config", false, "print the configuration that points partnerguard serve at the emulator, and end")
+	c.Flags().Float64("exposure", 0, "share of calls without MFA, 0 to 1, that Partner Center refuses with 900421; it grows")
+	c.Flags().String("shape", "mixed", "shape of these refusals")
+	c.Flags().String("ca", "", "`FILE` to write the CA of the https listeners to (default: in the temporary directory)")
+	return c
+}

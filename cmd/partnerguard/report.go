@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/partnerguard/partnerguard/internal/config"
+	"github.com/partnerguard/partnerguard/telemetry/report"
+	"github.com/partnerguard/partnerguard/telemetry/store"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+var reportFormats = []string{"table", "json", "csv"}
+
+func newReport(e environment) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "report",
+		Short: "Which integrations would break, whose they are, why, and the fix",
+		Long: `Say for every integration whether Microsoft's enforcement of MFA breaks it:
+
+  breaking    Microsoft refused it for missing MFA, and no call with MFA was accepted since
+  will-break  its latest verified call had no MFA
+  unknown     no call could be verified
+  ready       else
+
+A guard may be running meanwhile. With -c, integrations of the configuration that made
+no calls are listed, too.`,
+		Example: `  partnerguard report --since 7d
+  partnerguard report --by user
+  partnerguard report --format json --fail-on not-ready`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			dir, err := directory(c, e)
+			if err != nil {
+				return err
+			}
+			f := c.Flags()
+			o := reportOptions{dir: dir, width: width(e.out)}
+			since, _ := f.GetString("since")
+			if o.since, err = lookBack(since); err != nil {
+				return err
+			}
+			o.by, _ = f.GetString("by")
+			o.failOn, _ = f.GetString("fail-on")
+			if o.format, err = format(c, reportFormats...); err != nil {
+				return err
+			}
+			if file, _ := f.GetString("config"); file != "" {
+				cfg, err := configuration(c)
+				if err != nil {
+					return err
+				}
+				for _, in := range cfg.Integrations {
+					o.integrations = append(o.integrations, report.Integration{Name: in.Name, Owner: in.Owner})
+				}
+			}
+			return printReport(c.Context(), e.out, o)
+		},
+	}
+	configFlag(c)
+	dataFlag(c)
+	formatFlag(c, reportFormats...)
+	c.Flags().String("since", "7d", "how far to look back: 30d, 12h, or a time (RFC 3339)")
+	c.Flags().String("by", "integration", "integration, user, app, customer or route")
+	c.Flags().String("fail-on", "", "exit 3 when the estate is not-ready, or breaking")
+	c.RegisterFlagCompletionFunc("by", cobra.FixedCompletions([]string{"integration", "user", "app", "customer", "route"}, cobra.ShellCompDirectiveNoFileComp))
+	c.RegisterFlagCompletionFunc("fail-on", cobra.FixedCompletions([]string{"not-ready", "breaking"}, cobra.ShellCompDirectiveNoFileComp))
+	return c
+}
+
+// reportOptions are the flags of report.
+type reportOptions struct {
+	dir          string
+	since        time.Time
+	by           string
+	format       string
+	failOn       string
+	width        int
+	integrations []report.Integration
+}
+
+func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
+	by, err := report.ParseDimension(o.by)
+	if err != nil {
+		return usage(fmt.Errorf("--by: %w", err), "")
+	}
+	switch o.failOn {
+	case "", "not-ready", "breaking":
+	default:
+		return usage(fmt.Errorf("--fail-on %q is not known", o.failOn), "write not-ready or breaking")
+	}
+	r, err := openStore(o.dir)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	identities, err := r.Identities()
+	if err != nil {
+		return err
+	}
+	rep, err := report.Build(ctx, r, identities, report.Options{Since: o.since, By: by, Now: time.Now(), Integrations: o.integrations})
+	if err != nil {
+		return err
+	}
+	switch o.format {
+	case "json":
+		err = report.WriteJSON(w, rep)
+	case "csv":
+		err = report.WriteCSV(w, rep)
+	default:
+		err = report.WriteTable(w, rep, report.Style{Width: o.width, Color: o.width > 0})
+	}
+	if err != nil {
+		return err
+	}
+	if o.failOn == "not-ready" && rep.Verdict != report.Ready || o.failOn == "breaking" && rep.Verdict == report.Breaking {
+		return errFindings
+	}
+	return nil
+}
+
+// openStore opens the store of a data directory for reading.
+func openStore(dir string) (*store.Reader, error) {
+	r, err := store.OpenReader(dir)
+	if err == nil {
+		return r, nil
+	}
+	hint := "see --data-dir"
+	var h interface{ Hint() string }
+	if errors.As(err, &h) {
+		hint = h.Hint()
+	}
+	return nil, failed(err, hint)
+}
+
+// lookBack is a point in the past: so long ago, or a time.
+func lookBack(s string) (time.Time, error) {
+	if t, err := time.Parse(time.RFC3339, s); err == nil {
+		return t, nil
+	}
+	if t, err := time.Parse(time.DateOnly, s); err == nil {
+		return t, nil
+	}
+	d, err := config.ParseDuration(s)
+	if err != nil || d < 0 {
+		return time.Time{}, usage(fmt.Errorf("%q is neither a duration nor a time", s), "write 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z")
+	}
+	return time.Now().Add(-d), nil
+}
+
+// width is the columns of a terminal, 0 for anything else.
+func width(w io.Writer) int {
+	f, ok := w.(*os.File)
+	if !ok {
+		return 0
+	}
+	columns, _, err := term.GetSize(int(f.Fd()))
+	if err != nil {
+		return 0
+	}
+	return columns
+}

@@ -1,0 +1,154 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/partnerguard/partnerguard/internal/config"
+	"github.com/partnerguard/partnerguard/policy"
+	"github.com/partnerguard/partnerguard/telemetry"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+func newServe(e environment) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the guard",
+		Long: `Run the guard until it is told to stop (SIGTERM or an interrupt: calls in flight
+finish; a second one stops at once).
+
+Without a configuration file it audits: every call is forwarded and accounted for,
+nothing is refused. Point a script's base URL at it and read the report.`,
+		Example: `  partnerguard serve                                     audit on http://127.0.0.1:8080
+  partnerguard serve -c /etc/partnerguard/guard.yaml
+  partnerguard serve --mode enforce --tenant 1b2c3d4e-0a1b-4c2d-8e3f-901234567890`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return serve(c, e) },
+	}
+	configFlag(c)
+	dataFlag(c)
+	c.Flags().String("listen", "", "`ADDRESS` of the one listener, instead of those of the file (default 127.0.0.1:8080)")
+	c.Flags().String("admin", "", "`ADDRESS` of the admin listener (default 127.0.0.1:9090)")
+	c.Flags().String("mode", "", "global mode: audit, tag or enforce (default audit)")
+	c.Flags().StringSlice("tenant", nil, "partner tenant `GUID` whose tokens are accepted; may be repeated")
+	c.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{"audit", "tag", "enforce"}, cobra.ShellCompDirectiveNoFileComp))
+	return c
+}
+
+func serve(c *cobra.Command, e environment) error {
+	cfg, err := configuration(c)
+	if err != nil {
+		return err
+	}
+	dir, err := directory(c, e)
+	if err != nil {
+		return err
+	}
+	tuneMemory(e.env)
+	log := telemetry.NewCallLog(e.err, isTerminal(e.err))
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		log.Close(ctx)
+	}()
+	d, err := start(c.Context(), daemonConfig{config: cfg, dir: dir, log: log, env: e.env})
+	if err != nil {
+		return err
+	}
+	d.announce(dir)
+	err = d.wait(c.Context())
+	d.log.Info("stopping", "drain", cfg.Timeouts.Drain.String())
+	return errors.Join(err, d.drain())
+}
+
+// announce says where the guard listens and what it does there.
+func (d *daemon) announce(dir string) {
+	tenants := "any (audit only)"
+	if t := d.policy.Tenants(); len(t) > 0 {
+		tenants = strings.Join(t, " ")
+	}
+	for i, s := range d.servers {
+		scheme := "http"
+		if s.TLS() {
+			scheme = "https"
+		}
+		d.log.Info("listening", "url", scheme+"://"+s.Address().String(), "listener", d.cfg.Listeners[i].Label(),
+			"upstream", d.cfg.Upstreams[config.PartnerCenter].URL)
+	}
+	d.log.Info("admin", "url", "http://"+d.adminAt.Addr().String())
+	d.log.Info("ready", "version", version(), "mode", d.policy.Mode().String(), "tenants", tenants, "data", dir)
+	for _, risk := range d.cfg.Risks(time.Now()) {
+		d.log.Warn("risk", "what", risk)
+	}
+}
+
+// configuration is the file's, or the default, changed by the flags.
+func configuration(c *cobra.Command) (*config.Config, error) {
+	cfg := config.Default()
+	if file, _ := c.Flags().GetString("config"); file != "" {
+		var err error
+		if cfg, err = config.Load(file); err != nil {
+			var bad *config.Error
+			if errors.As(err, &bad) {
+				return nil, err
+			}
+			return nil, usage(err, "see -c")
+		}
+	}
+	if c.Flags().Lookup("listen") == nil {
+		return cfg, nil
+	}
+	listen, _ := c.Flags().GetString("listen")
+	admin, _ := c.Flags().GetString("admin")
+	mode, _ := c.Flags().GetString("mode")
+	tenants, _ := c.Flags().GetStringSlice("tenant")
+	if listen != "" {
+		if len(cfg.Listeners) > 1 {
+			return nil, usage(errors.New("--listen stands for one listener, and the configuration has several"), "change listeners in the file")
+		}
+		if len(cfg.Listeners) == 0 {
+			cfg.Listeners = []config.Listener{{}}
+		}
+		cfg.Listeners[0].Address = listen
+	}
+	if admin != "" {
+		cfg.Admin.Address = admin
+	}
+	if mode != "" {
+		m, err := policy.ParseMode(mode)
+		if err != nil {
+			return nil, usage(fmt.Errorf("--mode: %w", err), "")
+		}
+		cfg.Mode = m
+	}
+	if len(tenants) > 0 {
+		cfg.Tenants = tenants
+	}
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	return cfg, nil
+}
+
+// tuneMemory collects garbage less often than Go's default, for 5 to 10 % less CPU
+// at some 12 MiB more memory, unless the user set it.
+func tuneMemory(env func(string) string) {
+	if env("GOGC") == "" {
+		debug.SetGCPercent(400)
+	}
+	if env("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(1 << 30)
+	}
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}

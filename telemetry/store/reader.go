@@ -1,0 +1,382 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/partnerguard/partnerguard/telemetry/ledger"
+)
+
+// Reader searches the database of a data directory, beside a Store that may be
+// writing it in another process. It is safe for concurrent use.
+type Reader struct {
+	dir    string
+	db     *sql.DB
+	source func(from ledger.Position) (Source, error)
+}
+
+// ErrNoStore says that a data directory holds no store yet.
+var ErrNoStore = errors.New("there is no store")
+
+// OpenReader opens the database of the data directory dir for reading. The error
+// wraps ErrNoStore when there is none; where there is a way out, it has a method
+// Hint() string.
+func OpenReader(dir string) (*Reader, error) {
+	path := dbPath(dir)
+	none := &hintError{
+		fmt.Errorf("open store in %s: %w", dir, ErrNoStore),
+		"partnerguard serve and demo write one as calls come in; name their data directory with --data-dir",
+	}
+	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+		return nil, none
+	} else if err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	db, err := openSQLite(path, "ro", "query_only(1)", "cache_size(-16384)")
+	if err != nil {
+		return nil, err
+	}
+	// A database that was rebuilt is another file: find it within a minute.
+	db.SetConnMaxLifetime(time.Minute)
+	db.SetMaxOpenConns(4)
+	r := &Reader{
+		dir: dir, db: db,
+		source: func(from ledger.Position) (Source, error) { return ledger.NewReader(dir, from) },
+	}
+	version, err := r.version()
+	switch {
+	case err != nil:
+		db.Close()
+		return nil, r.fail(err)
+	case version == 0:
+		db.Close()
+		return nil, none
+	}
+	return r, nil
+}
+
+func (r *Reader) version() (int, error) {
+	ctx := context.Background()
+	conn, err := r.db.Conn(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	return checkSchema(ctx, conn)
+}
+
+// Close releases the database.
+func (r *Reader) Close() error { return r.db.Close() }
+
+// fail says what was being done, and what to do about it.
+func (r *Reader) fail(err error) error {
+	out := fmt.Errorf("read store in %s: %w", r.dir, err)
+	switch {
+	case damaged(err):
+		return &hintError{out, "the calls are safe in the ledger: stop partnerguard serve, run partnerguard ledger rebuild, start it again"}
+	case errors.Is(err, errOutdated):
+		return &hintError{out, "run partnerguard ledger rebuild, or start partnerguard serve of this version"}
+	}
+	return out
+}
+
+// Lag is how far the database is behind the ledger: the age of the oldest call
+// that is in the ledger only, zero when there is none.
+func (r *Reader) Lag(ctx context.Context) (time.Duration, error) {
+	var at ledger.Position
+	if err := r.db.QueryRowContext(ctx, "SELECT segment, offset FROM position").Scan(&at.Segment, &at.Offset); err != nil {
+		return 0, r.fail(err)
+	}
+	src, err := r.source(at)
+	if errors.Is(err, ledger.ErrPosition) {
+		return 0, nil // the ledger was removed: nothing is to come
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer src.Close()
+	for {
+		e, err := src.Next()
+		var damage *ledger.DamageError
+		switch {
+		case errors.Is(err, io.EOF):
+			return 0, nil
+		case errors.As(err, &damage):
+			continue
+		case err != nil:
+			return 0, err
+		}
+		var c Call
+		if e.Type != ledger.TypeDecision && e.Type != ledger.TypeOutcome || decode(e.Line, &c) != nil {
+			continue
+		}
+		if c.Time.IsZero() { // an outcome: it came that long after its call began
+			c.Time = timeOf(c.ID).Add(time.Duration(c.DurationMS * float64(time.Millisecond)))
+		}
+		return max(0, time.Since(c.Time)), nil
+	}
+}
+
+// Identities returns whom the user_refs stand for, as far as that is kept.
+func (r *Reader) Identities() (map[string]Identity, error) { return ledger.Identities(r.dir) }
+
+// LastFinish returns the greatest Finish so far, where a follower begins.
+func (r *Reader) LastFinish(ctx context.Context) (uint64, error) {
+	var n uint64
+	if err := r.db.QueryRowContext(ctx, "SELECT coalesce(max(finish), 0) FROM calls").Scan(&n); err != nil {
+		return 0, r.fail(err)
+	}
+	return n, nil
+}
+
+// Filter says which calls. All that is given must hold; the zero Filter is every
+// call.
+type Filter struct {
+	Since time.Time // that began then or later
+	Until time.Time // that began before
+
+	Integration   string
+	User          string // user principal name, object id or user_ref
+	App           string // application id
+	Customer      string // customer tenant id
+	Status        string // "401", or a class: "4xx"
+	Reason        string
+	Call          string
+	RequestID     string // the client's or Microsoft's
+	CorrelationID string // the client's or Microsoft's
+
+	// Limit, if greater than 0, is the number of calls that ended to deliver: the
+	// latest, or with AfterFinish the first.
+	Limit int
+	// AfterFinish leaves out the calls up to this Finish.
+	AfterFinish uint64
+	// EndedOnly leaves out the calls that have no outcome yet. A follower sets it,
+	// and AfterFinish to the last Finish it has seen: so it gets each call once.
+	EndedOnly bool
+}
+
+// ParseStatus checks a status filter and returns the range it stands for.
+func ParseStatus(s string) (low, high int64, err error) {
+	if digit, ok := strings.CutSuffix(strings.ToLower(s), "xx"); ok {
+		if n, err := strconv.ParseInt(digit, 10, 64); err == nil && n >= 1 && n <= 5 {
+			return n * 100, n*100 + 99, nil
+		}
+	} else if n, err := strconv.ParseInt(s, 10, 64); err == nil && n >= 100 && n <= 599 {
+		return n, n, nil
+	}
+	return 0, 0, fmt.Errorf("status %q is not known; write one such as 401, or a class such as 4xx", s)
+}
+
+// page is how many calls are read at once. Between pages no transaction is open,
+// so that a slow receiver does not keep SQLite's log from being recycled.
+const page = 500
+
+// Calls hands the calls that f selects to yield, those that ended first, in the
+// order in which they ended, then those without outcome as they began. An error of
+// yield ends it and is returned as it is.
+func (r *Reader) Calls(ctx context.Context, f Filter, yield func(Call) error) error {
+	q, err := r.query(f)
+	if err != nil {
+		return err
+	}
+	after, left := f.AfterFinish, f.Limit
+	if f.Limit > 0 && f.AfterFinish == 0 {
+		// The latest: begin before as many from the end.
+		err := r.db.QueryRowContext(ctx, "SELECT coalesce(min(finish), 1) - 1 FROM (SELECT finish FROM calls WHERE "+q.where()+" ORDER BY finish DESC LIMIT ?)",
+			append(slices.Clone(q.args), f.Limit)...).Scan(&after)
+		if err != nil {
+			return r.fail(err)
+		}
+	}
+	for {
+		n := page
+		if f.Limit > 0 {
+			n = min(n, left)
+		}
+		calls, open, err := r.page(ctx, q, after, n, f.Limit > 0 && n == left, !f.EndedOnly)
+		if err != nil {
+			return r.fail(err)
+		}
+		for _, c := range append(calls, open...) {
+			if err := yield(c); err != nil {
+				return err
+			}
+		}
+		if left -= len(calls); len(calls) < n || f.Limit > 0 && left == 0 {
+			return nil
+		}
+		after = calls[len(calls)-1].Finish
+	}
+}
+
+// OpenCalls returns the calls that have no outcome yet, as they began.
+func (r *Reader) OpenCalls(ctx context.Context) ([]Call, error) {
+	q, err := r.query(Filter{})
+	if err != nil {
+		return nil, err
+	}
+	_, open, err := r.page(ctx, q, 0, 0, true, true)
+	if err != nil {
+		return nil, r.fail(err)
+	}
+	return open, nil
+}
+
+// page reads up to n calls that ended after a Finish. With the last page, which last
+// says or a short page shows, come the open ones as of the same moment, if wanted.
+func (r *Reader) page(ctx context.Context, q *query, after uint64, n int, last, wantOpen bool) (calls, open []Call, err error) {
+	tx, err := r.db.BeginTx(ctx, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer tx.Rollback()
+	rows, err := tx.QueryContext(ctx, "SELECT finish, "+callColumns+" FROM calls WHERE "+q.where()+" AND finish > ? ORDER BY finish LIMIT ?",
+		append(slices.Clone(q.args), int64(after), n)...)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		c, err := scanCall(rows)
+		if err != nil {
+			return nil, nil, err
+		}
+		calls = append(calls, c)
+	}
+	if err := rows.Err(); err != nil || !wantOpen || len(calls) == n && !last {
+		return calls, nil, err
+	}
+	rows, err = tx.QueryContext(ctx, "SELECT line FROM open ORDER BY seq")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var line []byte
+		if err := rows.Scan(&line); err != nil {
+			return nil, nil, err
+		}
+		var c Call
+		if err := decode(line, &c); err != nil {
+			return nil, nil, fmt.Errorf("read open call: %w", err)
+		}
+		if q.matches(&c) {
+			open = append(open, c)
+		}
+	}
+	return calls, open, rows.Err()
+}
+
+// query is a Filter as SQL for calls that ended, and as Go for the few that are
+// open.
+type query struct {
+	conds []string
+	args  []any
+	tests []func(*Call) bool
+}
+
+func (q *query) add(test func(*Call) bool, cond string, args ...any) {
+	q.conds, q.args, q.tests = append(q.conds, cond), append(q.args, args...), append(q.tests, test)
+}
+
+func (q *query) where() string {
+	if len(q.conds) == 0 {
+		return "true"
+	}
+	return strings.Join(q.conds, " AND ")
+}
+
+func (q *query) matches(c *Call) bool {
+	for _, test := range q.tests {
+		if !test(c) {
+			return false
+		}
+	}
+	return true
+}
+
+func (r *Reader) query(f Filter) (*query, error) {
+	q := &query{}
+	if !f.Since.IsZero() {
+		since := f.Since.UTC()
+		q.add(func(c *Call) bool { return !c.Time.Before(since) },
+			"finish >= (SELECT min(low) FROM hours WHERE hour >= ?) AND time >= ?", hourOf(since), ceilMicro(since))
+	}
+	if !f.Until.IsZero() {
+		until := f.Until.UTC()
+		q.add(func(c *Call) bool { return c.Time.Before(until) },
+			"finish <= (SELECT max(high) FROM hours WHERE hour <= ?) AND time < ?", hourOf(until), ceilMicro(until))
+	}
+	equal := func(column, want string, of func(*Call) string) {
+		if want != "" {
+			q.add(func(c *Call) bool { return of(c) == want }, column+" = ?", want)
+		}
+	}
+	equal("integration", f.Integration, func(c *Call) string { return c.Integration })
+	equal("app_id", strings.ToLower(f.App), func(c *Call) string { return c.AppID })
+	equal("customer", strings.ToLower(f.Customer), func(c *Call) string { return c.Customer })
+	equal("reason", f.Reason, func(c *Call) string { return c.Reason })
+	equal("call", strings.ToLower(f.Call), func(c *Call) string { return c.ID })
+	if f.Status != "" {
+		low, high, err := ParseStatus(f.Status)
+		if err != nil {
+			return nil, err
+		}
+		q.add(func(*Call) bool { return false }, "status BETWEEN ? AND ?", low, high)
+	}
+	byID := func(column, want string, of func(*Call) string) {
+		if want != "" {
+			q.add(func(c *Call) bool { return strings.EqualFold(of(c), want) },
+				"finish IN (SELECT finish FROM hours JOIN ids USING (hour) WHERE hash = ?) AND ("+column+" = ? COLLATE NOCASE OR upstream_"+column+" = ? COLLATE NOCASE)",
+				idHash(want), want, want)
+		}
+	}
+	byID("request_id", f.RequestID, func(c *Call) string { return c.RequestID })
+	byID("correlation_id", f.CorrelationID, func(c *Call) string { return c.CorrelationID })
+	if f.User != "" {
+		refs, err := r.userRefs(f.User)
+		if err != nil {
+			return nil, err
+		}
+		args := make([]any, len(refs))
+		for i, ref := range refs {
+			args[i] = ref
+		}
+		q.add(func(c *Call) bool { return slices.Contains(refs, c.UserRef) },
+			"user_ref IN (?"+strings.Repeat(", ?", len(refs)-1)+")", args...)
+	}
+	return q, nil
+}
+
+// userRefs are the user_refs that user, a name, an object id or a user_ref itself,
+// stands for.
+func (r *Reader) userRefs(user string) ([]string, error) {
+	ids, err := r.Identities()
+	if err != nil {
+		return nil, err
+	}
+	refs := []string{user}
+	for ref, id := range ids {
+		if strings.EqualFold(user, id.UPN) || strings.EqualFold(user, id.ObjectID) {
+			refs = append(refs, ref)
+		}
+	}
+	return refs, nil
+}
+
+// ceilMicro is t in microseconds since 1970, rounded up.
+func ceilMicro(t time.Time) int64 {
+	us := t.UnixMicro()
+	if t.Nanosecond()%1000 != 0 {
+		us++
+	}
+	return us
+}

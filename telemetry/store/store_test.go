@@ -1,0 +1,881 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/uuid"
+	"github.com/partnerguard/partnerguard/policy"
+	"github.com/partnerguard/partnerguard/proxy"
+	"github.com/partnerguard/partnerguard/telemetry"
+	"github.com/partnerguard/partnerguard/telemetry/ledger"
+)
+
+// journal is a ledger in memory: a Position's Offset counts its lines.
+type journal struct {
+	mu      sync.Mutex
+	entries []ledger.Entry
+	failAt  int // the read of this line fails once; 0 never
+}
+
+func (j *journal) append(typ, members string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n := len(j.entries) + 1
+	j.entries = append(j.entries, ledger.Entry{
+		Seq: uint64(n), Type: typ,
+		Line: fmt.Appendf(nil, `{"n":%d,"type":%q,%s}`, n, typ, members),
+		Next: ledger.Position{Segment: 1, Offset: int64(n)},
+	})
+}
+
+func (j *journal) decide(r proxy.Record) {
+	j.append(ledger.TypeDecision, string(telemetry.AppendDecision(nil, &r, r.Token.UPN)))
+}
+func (j *journal) end(r proxy.Record) {
+	j.append(ledger.TypeOutcome, string(telemetry.AppendOutcome(nil, &r)))
+}
+func (j *journal) call(r proxy.Record) { j.decide(r); j.end(r) }
+
+// upTo is the journal as it was when it had n lines.
+func (j *journal) upTo(n int) *journal { return &journal{entries: j.entries[:n]} }
+
+func (j *journal) open(from ledger.Position) (Source, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if from.Offset > int64(len(j.entries)) {
+		return nil, ledger.ErrPosition
+	}
+	return &cursor{j, from.Offset}, nil
+}
+
+type cursor struct {
+	j  *journal
+	at int64
+}
+
+func (c *cursor) Next() (ledger.Entry, error) {
+	c.j.mu.Lock()
+	defer c.j.mu.Unlock()
+	if c.at >= int64(len(c.j.entries)) {
+		return ledger.Entry{}, io.EOF
+	}
+	if c.j.failAt > 0 && c.at == int64(c.j.failAt) {
+		c.j.failAt = 0
+		return ledger.Entry{}, errors.New("disk trouble")
+	}
+	c.at++
+	e := c.j.entries[c.at-1]
+	e.Line = slices.Clone(e.Line)
+	return e, nil
+}
+
+func (c *cursor) Close() error { return nil }
+
+var start = time.Date(2026, 6, 1, 10, 0, 0, 123456000, time.UTC)
+
+// callAt is the nth sample call, n minutes after start, not yet ended.
+func callAt(n int) proxy.Record {
+	at := start.Add(time.Duration(n) * time.Minute)
+	var id uuid.UUID
+	ms := at.UnixMilli()
+	for i := range 6 {
+		id[i] = byte(ms >> (40 - 8*i))
+	}
+	id[6], id[8], id[15] = 0x70, 0x80, byte(n)
+	return proxy.Record{Decided: proxy.Decided{
+		Call: id, Time: at, Method: "GET", Path: "/v1/invoices", Route: "/v1/invoices",
+		Integration: "nightly-billing", Owner: "billing@contoso.example",
+		Token:    policy.Token{Verified: true, Kind: policy.KindAppUser, MFA: policy.MFAAbsent, AppID: "app-1", UPN: "ref-sam", AMR: []string{"pwd"}},
+		Decision: policy.Decision{Effect: policy.Allow, Reason: policy.ReasonMFAMissing, Mode: policy.Audit, WouldReject: true},
+	}, Finished: proxy.Finished{Status: 200, Duration: 5 * time.Millisecond}}
+}
+
+// openTest opens a store that follows j, and notes its events.
+func openTest(t *testing.T, dir string, j *journal, events *[]Event) *Store {
+	t.Helper()
+	s, err := Open(Config{Dir: dir, Source: j.open, Now: func() time.Time { return start.Add(time.Hour) }, Event: func(e Event) {
+		if events != nil {
+			*events = append(*events, e)
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func catchUp(t *testing.T, s *Store) int {
+	t.Helper()
+	n, err := s.CatchUp(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func openReader(t *testing.T, dir string) *Reader {
+	t.Helper()
+	r, err := OpenReader(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	return r
+}
+
+func readCalls(t *testing.T, r *Reader, f Filter) []Call {
+	t.Helper()
+	var calls []Call
+	if err := r.Calls(t.Context(), f, func(c Call) error { calls = append(calls, c); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return calls
+}
+
+func readSums(t *testing.T, r *Reader) []Sum {
+	t.Helper()
+	sums, err := r.Sums(t.Context(), time.Time{}, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.SortFunc(sums, func(a, b Sum) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+	return sums
+}
+
+// content is all that a directory's store says.
+func content(t *testing.T, dir string) string {
+	t.Helper()
+	r := openReader(t, dir)
+	defer r.Close()
+	return fmt.Sprintf("%+v\n%+v", readCalls(t, r, Filter{}), readSums(t, r))
+}
+
+func TestARowHoldsEveryFieldOfDecisionAndOutcome(t *testing.T) {
+	rec := callAt(0)
+	rec.Instance, rec.Generation, rec.Listener, rec.Peer = "guard-1", 7, "main", "192.0.2.7"
+	rec.QueryNames, rec.Upstream, rec.Evidence, rec.Customer = []string{"size", "a\"b"}, "partner-center", "app_id", "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11"
+	rec.Token.TenantID, rec.Token.UTI, rec.Token.IssuedAt, rec.Token.ExpiresAt = "tid", "EJwqP017IU6myA1eH3CLAA", 1780996100, 1781000000
+	rec.Rule, rec.RequestID, rec.CorrelationID, rec.Application, rec.UserAgent = "invoices first", "rq", "co", "Sched", "curl/8\u202e\x1b[31m"
+	rec.Status, rec.Rejection, rec.Code, rec.UpstreamStatus = 401, policy.RejectionMFARequired, "900421", "401 Unauthorized - MFA required"
+	rec.MFACompliant, rec.UpstreamRequestID, rec.UpstreamCorrelationID = policy.CompliantFalse, "urq", "uco"
+	rec.BytesIn, rec.BytesOut, rec.Duration, rec.UpstreamTime, rec.Replays, rec.Error = 10, 20, 1500*time.Microsecond, time.Millisecond, 1, "client_canceled"
+	j := &journal{}
+	j.call(rec)
+	dir := t.TempDir()
+	catchUp(t, openTest(t, dir, j, nil))
+	got := readCalls(t, openReader(t, dir), Filter{})
+
+	no := false
+	want := []Call{{
+		ID:     "019e82e3-4efb-7000-8000-000000000000",
+		Finish: 2,
+		Decided: Decided{
+			Time: start, Instance: "guard-1", Generation: 7, Listener: "main", Peer: "192.0.2.7", Method: "GET", Route: "/v1/invoices", Path: "/v1/invoices",
+			QueryNames: []string{"size", "a\"b"}, Upstream: "partner-center", Integration: "nightly-billing", Evidence: "app_id", Owner: "billing@contoso.example",
+			Customer: "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11", Kind: "app_user", Verified: true, TenantID: "tid", AppID: "app-1", UserRef: "ref-sam",
+			UTI: "EJwqP017IU6myA1eH3CLAA", IssuedAt: 1780996100, ExpiresAt: 1781000000, AMR: []string{"pwd"}, MFA: "absent", Mode: "audit", Rule: "invoices first",
+			Effect: "allow", Reason: "mfa_missing", WouldReject: true, RequestID: "rq", CorrelationID: "co", Application: "Sched", UserAgent: "curl/8\u202e\x1b[31m",
+		},
+		Finished: Finished{
+			Status: 401, Rejection: "mfa_required", Code: "900421", UpstreamStatus: "401 Unauthorized - MFA required", MFACompliant: &no,
+			UpstreamRequestID: "urq", UpstreamCorrelationID: "uco", BytesIn: 10, BytesOut: 20, DurationMS: 1.5, UpstreamMS: 1, Replays: 1, Error: "client_canceled",
+		},
+	}}
+	want[0].ID = rec.Call.String()
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("call read back (-want +got):\n%s", diff)
+	}
+	for _, part := range []any{want[0], want[0].Decided, want[0].Finished} {
+		v := reflect.ValueOf(part)
+		for i := range v.NumField() {
+			if v.Field(i).IsZero() {
+				t.Errorf("the sample leaves %s empty and so does not test it", v.Type().Field(i).Name)
+			}
+		}
+	}
+}
+
+func TestEachCallEndsOnce(t *testing.T) {
+	a, b := callAt(1), callAt(2)
+	cut := b
+	cut.Finished = proxy.Finished{Error: Interrupted}
+	late := callAt(2 + 25*60)
+	tests := []struct {
+		name                string
+		write               func(*journal)
+		ended, open, summed int64
+		check               func(calls []Call) string
+	}{
+		{"decision and outcome are one call", func(j *journal) { j.call(a) }, 1, 0, 1, nil},
+		{"a decision without outcome is open, in no sum", func(j *journal) { j.decide(a) }, 0, 1, 0, func(c []Call) string {
+			if !c[0].Open() || c[0].Reason != "mfa_missing" {
+				return "the open call lacks its decision"
+			}
+			return ""
+		}},
+		{"outcomes come in any order", func(j *journal) { j.decide(a); j.decide(b); j.end(b); j.end(a) }, 2, 0, 2, nil},
+		{"an interrupted call counts", func(j *journal) { j.decide(b); j.end(cut) }, 1, 0, 1, func(c []Call) string {
+			if c[0].Error != Interrupted {
+				return "error is " + c[0].Error
+			}
+			return ""
+		}},
+		{"a call open for a day is interrupted", func(j *journal) { j.decide(a); j.call(late) }, 2, 0, 2, func(c []Call) string {
+			if c[0].Error != Interrupted || c[1].Error != "" {
+				return "not the old call is the interrupted one"
+			}
+			return ""
+		}},
+		{"an outcome without decision is kept, under no integration", func(j *journal) { j.end(a) }, 1, 0, 1, func(c []Call) string {
+			if c[0].Integration != "" || !c[0].Time.Equal(a.Time.Truncate(time.Millisecond)) || c[0].Status != 200 {
+				return fmt.Sprintf("got %+v", c[0])
+			}
+			return ""
+		}},
+		{"a second outcome in the same batch does not count", func(j *journal) { j.call(a); j.end(a) }, 1, 0, 1, nil},
+		{"headers and gaps are no calls", func(j *journal) {
+			j.append(ledger.TypeHeader, `"version":1,"time":"2026-06-01T10:00:00.000000Z"`)
+			j.append(ledger.TypeGap, `"calls":3,"outcomes":4,"since":"2026-06-01T10:00:00.000000Z","until":"2026-06-01T10:00:01.000000Z","cause":"no space"`)
+		}, 0, 0, 0, nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			j, dir := &journal{}, t.TempDir()
+			tt.write(j)
+			s := openTest(t, dir, j, nil)
+			catchUp(t, s)
+			r := openReader(t, dir)
+			var ended, open, summed int64
+			calls := readCalls(t, r, Filter{})
+			for _, c := range calls {
+				if c.Open() {
+					open++
+				} else {
+					ended++
+				}
+			}
+			for _, s := range readSums(t, r) {
+				summed += s.Calls
+			}
+			if ended != tt.ended || open != tt.open || summed != tt.summed {
+				t.Errorf("%d calls ended, %d open, %d in the sums; want %d, %d, %d", ended, open, summed, tt.ended, tt.open, tt.summed)
+			}
+			if got := s.Status().Open; int64(got) != tt.open {
+				t.Errorf("Status().Open = %d, want %d", got, tt.open)
+			}
+			if tt.check != nil {
+				if problem := tt.check(calls); problem != "" {
+					t.Error(problem)
+				}
+			}
+		})
+	}
+}
+
+// sample is a journal in which calls overlap.
+func sample() *journal {
+	j := &journal{}
+	j.append(ledger.TypeHeader, `"version":1`)
+	for i := range 6 {
+		j.decide(callAt(i))
+		if i > 0 {
+			end := callAt(i - 1)
+			if i%2 == 0 {
+				end.Status, end.Rejection, end.Code = 401, policy.RejectionMFARequired, "900421"
+			}
+			j.end(end)
+		}
+	}
+	j.append(ledger.TypeGap, `"calls":3,"outcomes":4,"since":"2026-06-01T10:00:00.000000Z","until":"2026-06-01T10:00:01.000000Z","cause":"no space"`)
+	j.end(callAt(4)) // once more
+	return j
+}
+
+func TestARestartAnywhereCountsEachLineOnce(t *testing.T) {
+	j := sample()
+	whole := t.TempDir()
+	catchUp(t, openTest(t, whole, j, nil))
+	want := content(t, whole)
+	for cut := range len(j.entries) + 1 {
+		dir := t.TempDir()
+		s := openTest(t, dir, j.upTo(cut), nil)
+		first := catchUp(t, s)
+		s.Close()
+		second := catchUp(t, openTest(t, dir, j, nil))
+		if first+second != len(j.entries) {
+			t.Errorf("restart after line %d: %d + %d lines read, want %d in all", cut, first, second, len(j.entries))
+		}
+		if diff := cmp.Diff(want, content(t, dir)); diff != "" {
+			t.Errorf("restart after line %d (-without +with):\n%s", cut, diff)
+		}
+	}
+}
+
+func TestAFailureInABatchCountsNothingTwice(t *testing.T) {
+	j := sample()
+	whole := t.TempDir()
+	catchUp(t, openTest(t, whole, j, nil))
+	want := content(t, whole)
+	for cut := 1; cut < len(j.entries); cut++ {
+		var events []Event
+		dir := t.TempDir()
+		failing := &journal{entries: j.entries, failAt: cut}
+		s := openTest(t, dir, failing, &events)
+		if _, err := s.CatchUp(t.Context()); err == nil {
+			t.Fatalf("CatchUp does not report that line %d could not be read", cut)
+		}
+		if s.Status().Err == nil || s.Status().CaughtUp {
+			t.Errorf("Status after a failure = %+v", s.Status())
+		}
+		catchUp(t, s)
+		if diff := cmp.Diff(want, content(t, dir)); diff != "" {
+			t.Errorf("failure at line %d (-without +with):\n%s", cut, diff)
+		}
+		var kinds []EventKind
+		for _, e := range events {
+			if e.Kind != BadRecord {
+				kinds = append(kinds, e.Kind)
+			}
+		}
+		if diff := cmp.Diff([]EventKind{Failing, Recovered}, kinds); diff != "" {
+			t.Errorf("events (-want +got):\n%s", diff)
+		}
+	}
+}
+
+func TestAWriteThatFailsIsTriedAgainWhole(t *testing.T) {
+	j, dir := sample(), t.TempDir()
+	s := openTest(t, dir, j, nil)
+	// Another process holds the write lock for longer than the store waits.
+	s.w.conn.ExecContext(t.Context(), "PRAGMA busy_timeout = 1")
+	other, err := sql.Open("sqlite", dbPath(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	conn, err := other.Conn(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.ExecContext(t.Context(), "BEGIN IMMEDIATE"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.CatchUp(t.Context()); err == nil {
+		t.Fatal("CatchUp succeeded although the database was locked")
+	}
+	if _, err := conn.ExecContext(t.Context(), "ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	catchUp(t, s)
+	whole := t.TempDir()
+	catchUp(t, openTest(t, whole, j, nil))
+	if diff := cmp.Diff(content(t, whole), content(t, dir)); diff != "" {
+		t.Errorf("after a failed write (-want +got):\n%s", diff)
+	}
+}
+
+func TestRecordsThatCannotBeReadAreReportedAndPassedOver(t *testing.T) {
+	var events []Event
+	j, dir := &journal{}, t.TempDir()
+	j.append(ledger.TypeDecision, `"call":17`)
+	j.append(ledger.TypeDecision, `"status":200`)
+	j.call(callAt(1))
+	s := openTest(t, dir, j, &events)
+	catchUp(t, s)
+	if n := len(readCalls(t, openReader(t, dir), Filter{})); n != 1 {
+		t.Errorf("%d calls, want the good one", n)
+	}
+	if len(events) != 2 || events[0].Kind != BadRecord || s.Status().BadRecords != 2 {
+		t.Errorf("events %+v, bad records %d; want two", events, s.Status().BadRecords)
+	}
+	if msg := events[0].Err.Error(); msg != "read ledger record 1: no string at byte 32" {
+		t.Errorf("event says %q", msg)
+	}
+}
+
+func TestADamagedDatabaseIsSetAsideAndRebuilt(t *testing.T) {
+	j := sample()
+	for i := 10; i < 700; i++ { // enough for damage to have pages to hit
+		j.call(callAt(i))
+	}
+	whole := t.TempDir()
+	catchUp(t, openTest(t, whole, j, nil))
+	want := content(t, whole)
+	tests := []struct {
+		name   string
+		damage func(t *testing.T, path string)
+	}{
+		{"not a database at all", func(t *testing.T, path string) {
+			if err := os.WriteFile(path, []byte(strings.Repeat("no database ", 1000)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"a database of something else", func(t *testing.T, path string) {
+			os.Remove(path)
+			db, err := sql.Open("sqlite", path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer db.Close()
+			if _, err := db.Exec("CREATE TABLE songs (title)"); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"pages overwritten", func(t *testing.T, path string) {
+			f, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			fi, _ := f.Stat()
+			if _, err := f.WriteAt(slices.Repeat([]byte{0xa5}, int(fi.Size())-4096), 4096); err != nil {
+				t.Fatal(err)
+			}
+		}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var events []Event
+			dir := t.TempDir()
+			s := openTest(t, dir, j.upTo(500), nil)
+			catchUp(t, s)
+			s.Close()
+			tt.damage(t, dbPath(dir))
+			s = openTest(t, dir, j, &events)
+			for !s.Status().CaughtUp {
+				s.CatchUp(t.Context())
+			}
+			var aside string
+			for _, e := range events {
+				if e.Kind == Damaged {
+					aside = e.Path
+				}
+			}
+			if !strings.HasPrefix(aside, dbPath(dir)+".damaged-") {
+				t.Fatalf("events %+v; want one that names the damaged file", events)
+			}
+			if _, err := os.Stat(aside); err != nil {
+				t.Errorf("the damaged database is not kept: %v", err)
+			}
+			if got := content(t, dir); got != want {
+				t.Error("the rebuilt store differs from one that was never damaged")
+			}
+		})
+	}
+}
+
+func TestAStoreOfAnotherLedgerIsRebuilt(t *testing.T) {
+	var events []Event
+	j, dir := sample(), t.TempDir()
+	s := openTest(t, dir, j, nil)
+	catchUp(t, s)
+	s.Close()
+	j2 := &journal{}
+	j2.call(callAt(40))
+	s = openTest(t, dir, j2, &events)
+	for !s.Status().CaughtUp {
+		s.CatchUp(t.Context())
+	}
+	if len(events) == 0 || events[0].Kind != Outdated {
+		t.Errorf("events = %+v, want %s", events, Outdated)
+	}
+	if calls := readCalls(t, openReader(t, dir), Filter{}); len(calls) != 1 || !calls[0].Time.Equal(callAt(40).Time) {
+		t.Errorf("calls = %+v, want those of the new ledger only", calls)
+	}
+}
+
+func TestRebuildReplacesTheDatabaseUnderAReader(t *testing.T) {
+	j, dir := sample(), t.TempDir()
+	s := openTest(t, dir, j, nil)
+	catchUp(t, s)
+	want := content(t, dir)
+	s.Close()
+	r := openReader(t, dir)
+	src, _ := j.open(ledger.Position{})
+	told := 0
+	if err := rebuild(t.Context(), dir, src, func(n int) { told = n }); err != nil {
+		t.Fatal(err)
+	}
+	if told != len(j.entries) {
+		t.Errorf("progress ended at %d, want %d", told, len(j.entries))
+	}
+	if n := len(readCalls(t, r, Filter{})); n == 0 {
+		t.Error("a reader from before the rebuild reads nothing")
+	}
+	if diff := cmp.Diff(want, content(t, dir)); diff != "" {
+		t.Errorf("rebuilt store (-followed +rebuilt):\n%s", diff)
+	}
+	if left, _ := filepath.Glob(dbPath(dir) + ".new*"); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	if n := catchUp(t, openTest(t, dir, j, nil)); n != 0 {
+		t.Errorf("after a rebuild %d lines were read again", n)
+	}
+}
+
+func TestARebuildThatIsStoppedLeavesTheOldDatabase(t *testing.T) {
+	j, dir := sample(), t.TempDir()
+	s := openTest(t, dir, j, nil)
+	catchUp(t, s)
+	want := content(t, dir)
+	s.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	src, _ := j.open(ledger.Position{})
+	if err := rebuild(ctx, dir, src, nil); !errors.Is(err, context.Canceled) {
+		t.Fatalf("rebuild = %v, want context.Canceled", err)
+	}
+	if diff := cmp.Diff(want, content(t, dir)); diff != "" {
+		t.Errorf("store after a stopped rebuild (-before +after):\n%s", diff)
+	}
+}
+
+func TestOpenRefusesWithAWayOut(t *testing.T) {
+	hint := func(err error) string {
+		var h interface{ Hint() string }
+		if errors.As(err, &h) {
+			return h.Hint()
+		}
+		return ""
+	}
+	t.Run("a newer schema", func(t *testing.T) {
+		dir := t.TempDir()
+		openTest(t, dir, &journal{}, nil).Close()
+		db, err := sql.Open("sqlite", dbPath(dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.Exec("PRAGMA user_version = 99"); err != nil {
+			t.Fatal(err)
+		}
+		db.Close()
+		_, err = Open(Config{Dir: dir})
+		if err == nil || !strings.Contains(err.Error(), "its schema has version 99, this program knows 1") || hint(err) == "" {
+			t.Errorf("Open = %v, hint %q", err, hint(err))
+		}
+		if _, err := OpenReader(dir); err == nil || hint(err) == "" {
+			t.Errorf("OpenReader = %v, hint %q", err, hint(err))
+		}
+	})
+	t.Run("a second writer", func(t *testing.T) {
+		dir := t.TempDir()
+		openTest(t, dir, &journal{}, nil)
+		if _, err := Open(Config{Dir: dir}); err == nil || hint(err) == "" {
+			t.Errorf("Open = %v, hint %q", err, hint(err))
+		}
+		if err := Rebuild(t.Context(), dir, nil); err == nil || hint(err) == "" {
+			t.Errorf("Rebuild = %v, hint %q", err, hint(err))
+		}
+	})
+	t.Run("no store to read", func(t *testing.T) {
+		if _, err := OpenReader(t.TempDir()); !errors.Is(err, ErrNoStore) || hint(err) == "" {
+			t.Errorf("OpenReader = %v, hint %q", err, hint(err))
+		}
+	})
+	t.Run("no directory given", func(t *testing.T) {
+		if _, err := Open(Config{}); err == nil {
+			t.Error("Open accepts an empty Config")
+		}
+	})
+}
+
+func TestFilesAreForTheOwnerOnly(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("Windows has no permission bits")
+	}
+	j, dir := sample(), t.TempDir()
+	catchUp(t, openTest(t, dir, j, nil))
+	files, err := filepath.Glob(filepath.Join(dir, "store*"))
+	if err != nil || len(files) < 3 {
+		t.Fatalf("files %v, %v; want database, log and lock", files, err)
+	}
+	for _, f := range files {
+		if fi, err := os.Stat(f); err != nil || fi.Mode().Perm() != 0o600 {
+			t.Errorf("%s has mode %v, want 0600", filepath.Base(f), fi.Mode())
+		}
+	}
+}
+
+func TestAReaderBesideTheWriterSeesEachCallOnce(t *testing.T) {
+	const calls = 400
+	j, dir := &journal{}, t.TempDir()
+	s := openTest(t, dir, j, nil)
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := s.Follow(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	defer wg.Wait()
+	defer stop()
+	wg.Go(func() {
+		for i := range calls {
+			r := callAt(i)
+			r.Call[14] = byte(i >> 8)
+			j.call(r)
+			s.Notify()
+		}
+	})
+	r := openReader(t, dir)
+	seen := map[string]int{}
+	last := uint64(0)
+	deadline := time.Now().Add(20 * time.Second)
+	for len(seen) < calls && time.Now().Before(deadline) {
+		for _, c := range readCalls(t, r, Filter{AfterFinish: last, EndedOnly: true}) {
+			seen[c.ID]++
+			last = c.Finish
+		}
+	}
+	if len(seen) != calls {
+		t.Errorf("followed %d calls, want %d", len(seen), calls)
+	}
+	for id, n := range seen {
+		if n != 1 {
+			t.Errorf("call %s came %d times", id, n)
+		}
+	}
+	if n, err := r.LastFinish(ctx); err != nil || n != last {
+		t.Errorf("LastFinish = %d, %v; want %d", n, err, last)
+	}
+}
+
+func TestLag(t *testing.T) {
+	j, dir := &journal{}, t.TempDir()
+	j.call(callAt(0))
+	s := openTest(t, dir, j, nil)
+	catchUp(t, s)
+	r := openReader(t, dir)
+	r.source = j.open
+	if lag, err := r.Lag(t.Context()); err != nil || lag != 0 || s.Lag() != 0 {
+		t.Errorf("Lag = %v, %v for the reader and %v for the writer when caught up, want 0", lag, err, s.Lag())
+	}
+	rec := callAt(1)
+	rec.Time = time.Now().Add(-10 * time.Second)
+	j.decide(rec)
+	if lag, err := r.Lag(t.Context()); err != nil || lag < 10*time.Second || lag > time.Minute {
+		t.Errorf("Lag = %v, %v with a call of 10 s ago to come", lag, err)
+	}
+	j.failAt = len(j.entries) - 1
+	if _, err := s.CatchUp(t.Context()); err == nil {
+		t.Fatal("CatchUp did not fail")
+	}
+	if lag := s.Lag(); lag < 50*time.Minute { // the newest call in the database began an hour before Now
+		t.Errorf("the writer's lag = %v when it does not get on", lag)
+	}
+}
+
+func TestRetentionRemovesCallsAndHours(t *testing.T) {
+	j, dir := &journal{}, t.TempDir()
+	for i := range 2600 { // one a minute: almost two days
+		r := callAt(i)
+		r.Call[14] = byte(i >> 8)
+		r.RequestID = fmt.Sprint("request-", i)
+		if i < 60 {
+			r.Route = "/v1/old"
+		}
+		j.call(r)
+	}
+	now := start.Add(2600 * time.Minute)
+	s, err := Open(Config{Dir: dir, Source: j.open, Retention: 6 * time.Hour, Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for range 4 {
+		now = now.Add(time.Hour) // the time for the next look
+		catchUp(t, s)
+	}
+	oldest := time.UnixMicro(hourOf(now.Add(-6*time.Hour)) * hourMicros).UTC()
+	r := openReader(t, dir)
+	calls := readCalls(t, r, Filter{})
+	var summed int64
+	for _, s := range readSums(t, r) {
+		summed += s.Calls
+		if s.Route == "/v1/old" {
+			t.Error("a sum of long ago is left")
+		}
+	}
+	if len(calls) == 0 || int64(len(calls)) != summed || calls[0].Time.Before(oldest) || calls[0].Time.After(oldest.Add(time.Minute)) {
+		t.Errorf("%d calls are left from %v on and %d summed; want those since %v", len(calls), calls[0].Time, summed, oldest)
+	}
+	var ids, dims int
+	if err := r.db.QueryRow("SELECT count(*) FROM ids").Scan(&ids); err != nil || ids != len(calls) {
+		t.Errorf("%d ids for %d calls, %v", ids, len(calls), err)
+	}
+	if err := r.db.QueryRow("SELECT count(*) FROM dims").Scan(&dims); err != nil || dims != 1 {
+		t.Errorf("%d dims, %v; want 1", dims, err)
+	}
+	if got := readCalls(t, r, Filter{RequestID: "request-2599"}); len(got) != 1 {
+		t.Errorf("the newest call is found %d times by its request id", len(got))
+	}
+	j.call(callAt(2601)) // of a sum that is known
+	catchUp(t, s)
+	if got := readSums(t, r); got[0].Calls != summed+1 {
+		t.Errorf("sum = %d after another call, want %d", got[0].Calls, summed+1)
+	}
+}
+
+func TestGapsAreCounted(t *testing.T) {
+	dir := t.TempDir()
+	catchUp(t, openTest(t, dir, sample(), nil))
+	r := openReader(t, dir)
+	if calls, outcomes, err := r.Gaps(t.Context(), start, start.Add(time.Hour)); err != nil || calls != 3 || outcomes != 4 {
+		t.Errorf("Gaps = %d, %d, %v; want 3, 4", calls, outcomes, err)
+	}
+	if calls, _, err := r.Gaps(t.Context(), start.Add(2*time.Hour), time.Time{}); err != nil || calls != 0 {
+		t.Errorf("Gaps later = %d, %v; want none", calls, err)
+	}
+}
+
+func TestFilters(t *testing.T) {
+	j, dir := &journal{}, t.TempDir()
+	for i := range 4 {
+		r := callAt(i)
+		r.RequestID, r.CorrelationID = "8a1f0000-0000-4000-8000-00000000000"+fmt.Sprint(i), "same"
+		switch i {
+		case 1:
+			r.Integration, r.Token.AppID, r.Token.UPN, r.Customer = "crm", "app-2", "ref-kim", "c-1"
+			r.Reason = policy.ReasonMFAPresent
+		case 2:
+			r.Status, r.UpstreamRequestID, r.UpstreamCorrelationID = 401, "msft-7", "msft-c"
+		case 3:
+			r.Status = 404
+		}
+		j.call(r)
+	}
+	open := callAt(4)
+	open.Integration, open.CorrelationID = "crm", "other"
+	j.decide(open)
+	catchUp(t, openTest(t, dir, j, nil))
+	r := openReader(t, dir)
+	first := callAt(0).Call.String()
+	tests := []struct {
+		name string
+		f    Filter
+		want string // minutes of the calls
+	}{
+		{"nothing", Filter{}, "0 1 2 3 4"},
+		{"ended only", Filter{EndedOnly: true}, "0 1 2 3"},
+		{"since", Filter{Since: callAt(2).Time}, "2 3 4"},
+		{"since just after", Filter{Since: callAt(2).Time.Add(1)}, "3 4"},
+		{"until", Filter{Until: callAt(2).Time}, "0 1"},
+		{"until just after", Filter{Until: callAt(2).Time.Add(1)}, "0 1 2"},
+		{"since another hour", Filter{Since: start.Add(3 * time.Hour)}, ""},
+		{"until an hour before", Filter{Until: start.Add(-3 * time.Hour)}, ""},
+		{"integration", Filter{Integration: "crm"}, "1 4"},
+		{"integration and time", Filter{Integration: "nightly-billing", Since: callAt(1).Time, Until: callAt(3).Time}, "2"},
+		{"user by reference", Filter{User: "ref-kim"}, "1"},
+		{"app, in any case", Filter{App: "APP-2"}, "1"},
+		{"customer", Filter{Customer: "C-1"}, "1"},
+		{"reason", Filter{Reason: "mfa_present"}, "1"},
+		{"status", Filter{Status: "404"}, "3"},
+		{"class of status", Filter{Status: "4xx"}, "2 3"},
+		{"call", Filter{Call: strings.ToUpper(first)}, "0"},
+		{"request id, in any case", Filter{RequestID: "8A1F0000-0000-4000-8000-000000000003"}, "3"},
+		{"Microsoft's request id", Filter{RequestID: "msft-7"}, "2"},
+		{"correlation id", Filter{CorrelationID: "same"}, "0 1 2 3"},
+		{"correlation id of an open call", Filter{CorrelationID: "other"}, "4"},
+		{"Microsoft's correlation id", Filter{CorrelationID: "msft-c"}, "2"},
+		{"a correlation id is no request id", Filter{RequestID: "same"}, ""},
+		{"the latest two", Filter{Limit: 2}, "2 3 4"},
+		{"the latest two that ended", Filter{Limit: 2, EndedOnly: true}, "2 3"},
+		{"more than there are", Filter{Limit: 9, EndedOnly: true}, "0 1 2 3"},
+		{"after a finish", Filter{AfterFinish: 4, EndedOnly: true}, "2 3"},
+		{"the first after a finish", Filter{AfterFinish: 4, Limit: 1, EndedOnly: true}, "2"},
+		{"hostile text", Filter{Integration: "' OR 1=1 --"}, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var got []string
+			for _, c := range readCalls(t, r, tt.f) {
+				got = append(got, fmt.Sprint(int(c.Time.Sub(start).Minutes())))
+			}
+			if strings.Join(got, " ") != tt.want {
+				t.Errorf("got calls %q, want %q", strings.Join(got, " "), tt.want)
+			}
+		})
+	}
+	if err := r.Calls(t.Context(), Filter{Status: "teapot"}, nil); err == nil || err.Error() != `status "teapot" is not known; write one such as 401, or a class such as 4xx` {
+		t.Errorf("bad status: %v", err)
+	}
+	stop := errors.New("stop")
+	if err := r.Calls(t.Context(), Filter{}, func(Call) error { return stop }); err != stop {
+		t.Errorf("Calls = %v, want the error of yield", err)
+	}
+}
+
+func TestCallsComePageByPage(t *testing.T) {
+	const n = 2*page + 10
+	j, dir := &journal{}, t.TempDir()
+	for i := range n {
+		r := callAt(i)
+		r.Call[14] = byte(i >> 8)
+		j.call(r)
+	}
+	j.decide(callAt(9000))
+	catchUp(t, openTest(t, dir, j, nil))
+	r := openReader(t, dir)
+	for _, tt := range []struct{ limit, want int }{{0, n + 1}, {page, page + 1}, {2 * page, 2*page + 1}, {page + 1, page + 2}, {n, n + 1}} {
+		got := readCalls(t, r, Filter{Limit: tt.limit})
+		if len(got) != tt.want || !got[len(got)-1].Open() {
+			t.Errorf("limit %d: %d calls, want %d, the open one last", tt.limit, len(got), tt.want)
+		}
+		ended := got[:len(got)-1]
+		if !slices.IsSortedFunc(ended, func(a, b Call) int { return int(a.Finish) - int(b.Finish) }) || ended[len(ended)-1].Finish != 2*n {
+			t.Errorf("limit %d: not the latest, in order", tt.limit)
+		}
+	}
+}
+
+// BenchmarkIngest measures the whole way from line to row, index and sum.
+func BenchmarkIngest(b *testing.B) {
+	const calls = 20_000
+	j := &journal{}
+	for i := range calls {
+		r := callAt(0)
+		r.Time = start.Add(time.Duration(i) * 100 * time.Millisecond)
+		id := uuid.New()
+		copy(r.Call[9:], id[9:])
+		r.Call[4], r.Call[5] = byte(i>>8), byte(i)
+		r.RequestID, r.CorrelationID = uuid.NewString(), uuid.NewString()
+		r.Instance, r.Generation, r.Listener, r.Peer, r.Upstream, r.Evidence = "guard-1", 1, "main", "192.0.2.7", "partner-center", "app_id"
+		r.Integration = fmt.Sprint("integration-", i%9)
+		r.Token.UPN = fmt.Sprintf("Vg3FQYb2Zp0%x", i%40)
+		r.Token.TenantID, r.Token.AppID, r.Token.UTI = "1b2c3d4e-0a1b-4c2d-8e3f-901234567890", "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11", "EJwqP017IU6myA1eH3CLAA"
+		r.Token.IssuedAt, r.Token.ExpiresAt = 1780996100, 1781000000
+		r.Customer = fmt.Sprintf("7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1%03x", i%200)
+		r.Application, r.UserAgent = "Billing", "python-requests/2.32"
+		r.BytesOut, r.UpstreamTime = 2048, 4*time.Millisecond
+		j.call(r)
+	}
+	for b.Loop() {
+		s, err := Open(Config{Dir: b.TempDir(), Source: j.open})
+		if err != nil {
+			b.Fatal(err)
+		}
+		if n, err := s.CatchUp(b.Context()); err != nil || n != 2*calls {
+			b.Fatal(n, err)
+		}
+		s.Close()
+	}
+	perCall := float64(b.Elapsed().Microseconds()) / float64(b.N*calls)
+	b.ReportMetric(perCall, "µs/call")
+	b.ReportMetric(2e6/perCall, "lines/s")
+}
