@@ -202,6 +202,9 @@ func (c *call) mark(h http.Header, effect policy.Effect, reason policy.Reason) {
 // WriteHeader sets the guard's headers as late as possible: ReverseProxy clears
 // what was set before an upstream's 1xx.
 func (c *call) WriteHeader(status int) {
+	if status == http.StatusContinue {
+		return // the server says so itself, once, when the body is first read
+	}
 	if status >= 200 && !c.wroteHeader {
 		c.wroteHeader = true
 		c.rec.Status = status

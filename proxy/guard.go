@@ -16,7 +16,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/partnerguard/partnerguard/policy"
 )
 
@@ -145,6 +144,7 @@ func (g *Guard) serve(w http.ResponseWriter, r *http.Request, l *Listener, up *U
 		c.unrecorded = err
 		if g.needLedger && c.rec.Effect != policy.Reject {
 			c.rec.Effect, c.rec.Reason = policy.Reject, policy.ReasonLedgerUnavailable
+			c.rec.Encoded = c.rec.Encoded[:0]
 		}
 	}
 	if c.rec.Effect == policy.Reject {
@@ -154,8 +154,9 @@ func (g *Guard) serve(w http.ResponseWriter, r *http.Request, l *Listener, up *U
 	g.forward(c)
 }
 
-// call is the state of one call. It is not pooled: the transport's goroutines may
-// outlive the handler.
+// call is the state of one call. It is used again once the handler is done; what
+// the transport's goroutines may hold on to for longer (body, sends) is not part of
+// it.
 type call struct {
 	http.ResponseWriter // the client's
 	in                  *http.Request
@@ -178,16 +179,15 @@ type call struct {
 	ownListener bool          // the upstream's address turned out to be ours
 }
 
+var calls = sync.Pool{New: func() any { return new(call) }}
+
 // begin reads what the request shows before any of it is trusted.
 func (g *Guard) begin(w http.ResponseWriter, r *http.Request, l *Listener, up *Upstream) *call {
-	c := &call{ResponseWriter: w, in: r, upstream: up}
+	c := calls.Get().(*call)
+	*c = call{ResponseWriter: w, in: r, upstream: up, rec: Record{Encoded: c.rec.Encoded[:0]}}
 	rec, facts := &c.rec, &c.facts
-	id, err := uuid.NewV7()
-	if err != nil {
-		panic(err) // no entropy: crypto/rand itself never returns this
-	}
 	now := g.now().UTC()
-	rec.Call, rec.Time, rec.Instance, rec.Generation = id, now, g.instance, g.generation
+	rec.Call, rec.Time, rec.Instance, rec.Generation = newCallID(now), now, g.instance, g.generation
 	rec.Listener, rec.Upstream, rec.Method = l.Name, up.name, clip(r.Method, maxText)
 	stripOurs(r.Header)
 	// A trailer could repeat any header after the decision; nothing needs them.
@@ -211,8 +211,12 @@ func (g *Guard) begin(w http.ResponseWriter, r *http.Request, l *Listener, up *U
 	c.identify()
 	_, c.askedMFA = r.Header["Validatemfa"]
 	if r.Body != nil && r.Body != http.NoBody {
+		// On a copy: the server knows by its own request's Body that a client still
+		// waits for 100 Continue, and must then neither wait for the body nor use
+		// the connection again.
 		c.body = &requestBody{ReadCloser: r.Body}
-		r.Body = c.body
+		c.in = r.WithContext(r.Context())
+		c.in.Body = c.body
 	}
 	return c
 }
@@ -306,6 +310,7 @@ func (g *Guard) finish(c *call) {
 		c.unrecorded = err
 	}
 	g.observer.Observe(c.in.Context(), rec, c.unrecorded)
+	calls.Put(c)
 	if aborted {
 		// The client must see a broken transfer, never a clean short answer.
 		panic(http.ErrAbortHandler)

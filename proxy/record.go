@@ -1,6 +1,8 @@
 package proxy
 
 import (
+	"encoding/binary"
+	"math/rand/v2"
 	"time"
 
 	"github.com/google/uuid"
@@ -9,6 +11,15 @@ import (
 
 // CallID names one call: a UUIDv7, so that ids sort by time.
 type CallID = uuid.UUID
+
+// newCallID makes a UUIDv7 (RFC 9562 section 5.7). It must be unique, not secret,
+// so the runtime's generator serves; uuid.NewV7 asks the kernel for every one.
+func newCallID(now time.Time) CallID {
+	var id CallID
+	binary.BigEndian.PutUint64(id[:8], uint64(now.UnixMilli())<<16|7<<12|uint64(rand.Uint32()&0xfff))
+	binary.BigEndian.PutUint64(id[8:], 1<<63|rand.Uint64()>>2)
+	return id
+}
 
 // Record is the account of one call. The ledger, the log line, the span and the
 // metrics are all read from it. It is complete up to Decided when the ledger gets
@@ -19,6 +30,10 @@ type CallID = uuid.UUID
 type Record struct {
 	Decided
 	Finished
+
+	// Encoded is for the Ledger and the Observer, which write the same decision: as
+	// the first of them wrote it. The guard empties it when it changes the decision.
+	Encoded []byte
 }
 
 // Decided is what is known when the call is decided.

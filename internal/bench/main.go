@@ -44,15 +44,33 @@ func main() {
 	flag.IntVar(&b.tokens, "tokens", 200, "distinct tokens")
 	flag.Parse()
 	var err error
-	if *role == "bare" {
+	switch *role {
+	case "bare":
 		err = bare(*target)
-	} else {
+	case "generator":
 		err = b.run()
+	default:
+		err = pinned(append(os.Args[1:], "-role", "generator"))
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+// pinned runs this program again on the second processor: the proxies get the first
+// to themselves.
+func pinned(args []string) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(self, args...)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := startPinned(cmd, 1); err != nil {
+		return err
+	}
+	return cmd.Wait()
 }
 
 // bare is the proxy to compare with: httputil.ReverseProxy with a tuned Transport
@@ -139,24 +157,22 @@ func (b *bench) run() (err error) {
 		return err
 	}
 	cells = append(cells, &cell{name: "bare ReverseProxy", address: bareProxy.address, pid: bareProxy.pid, requests: good, status: "200"})
-	for _, mode := range []string{"audit", "enforce"} {
-		g, err := b.guard(guard, mode)
-		if err != nil {
+	guards := map[string]*process{}
+	for _, name := range []string{"audit", "enforce", "ingesting"} {
+		if guards[name], err = b.guard(guard, name); err != nil {
 			return err
 		}
-		cells = append(cells, &cell{name: "guard, " + mode + ", store paused", address: g.address, pid: g.pid, requests: good, status: "200", before: g.pause})
-		if mode == "audit" {
-			cells = append(cells, &cell{name: "guard, audit, store ingesting", address: g.address, pid: g.pid, requests: good, status: "200", before: g.resume})
-			continue
-		}
-		cells = append(cells, &cell{name: "guard, refused from the cache", address: g.address, pid: g.pid, requests: noMFA, status: "401", before: g.pause})
-		fresh := &cell{name: "guard, every token new", address: g.address, pid: g.pid, status: "200"}
-		fresh.before = func() {
-			g.pause()
-			fresh.requests = b.mint(b.calls, emulator.TokenSpec{})
-		}
-		cells = append(cells, fresh)
 	}
+	audit, enforce, ingesting := guards["audit"], guards["enforce"], guards["ingesting"]
+	fresh := &cell{name: "guard, every token new", address: enforce.address, pid: enforce.pid, status: "200"}
+	fresh.before = func() { fresh.requests = b.mint(b.calls, emulator.TokenSpec{}) }
+	cells = append(cells,
+		&cell{name: "guard, audit, store paused", address: audit.address, pid: audit.pid, requests: good, status: "200", before: audit.pause},
+		&cell{name: "guard, enforce, store paused", address: enforce.address, pid: enforce.pid, requests: good, status: "200", before: enforce.pause},
+		&cell{name: "guard, refused from the cache", address: enforce.address, pid: enforce.pid, requests: noMFA, status: "401"},
+		fresh,
+		&cell{name: "guard, audit, store ingesting", address: ingesting.address, pid: ingesting.pid, requests: good, status: "200"},
+	)
 	if h, err := b.haproxy(); err == nil {
 		cells = append(cells, &cell{name: "HAProxy jwt_verify + log line", address: h.address, pid: h.pid, requests: good, status: "200"})
 	} else {
@@ -257,7 +273,7 @@ type process struct {
 }
 
 // pause keeps the guard's store from writing, by holding SQLite's write lock, so
-// that the cost of the calls shows without it; resume lets it go.
+// that the cost of the calls shows without it.
 func (p *process) pause() {
 	if p.hold != nil {
 		return
@@ -276,17 +292,14 @@ func (p *process) pause() {
 	}
 }
 
-func (p *process) resume() {
-	if p.hold != nil {
-		p.hold.ExecContext(context.Background(), "ROLLBACK")
-		p.hold.Close()
-		p.hold = nil
+// guard starts a guard in audit, or in the mode that it is named for.
+func (b *bench) guard(binary, name string) (*process, error) {
+	dir := filepath.Join(b.dir, name)
+	config := filepath.Join(b.dir, name+".yaml")
+	mode := "audit"
+	if name == "enforce" {
+		mode = name
 	}
-}
-
-func (b *bench) guard(binary, mode string) (*process, error) {
-	dir := filepath.Join(b.dir, mode)
-	config := filepath.Join(b.dir, mode+".yaml")
 	text := strings.Replace(emulator.ConfigYAML(b.emulator.EntraURL(), b.upstream.url), "mode: audit", "mode: "+mode, 1)
 	text += "listeners: [{address: \"127.0.0.1:0\"}]\nadmin: {address: \"127.0.0.1:0\"}\nledger: {min_free: 64MiB}\n"
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
@@ -335,17 +348,17 @@ frontend f
   bind %s
   http-request set-var(txn.bearer) http_auth_bearer
   http-request set-var(txn.aud) var(txn.bearer),jwt_payload_query('$.aud')
-  http-request set-var(txn.amr) var(txn.bearer),jwt_payload_query('$.amr')
+  http-request set-var(txn.alg) var(txn.bearer),jwt_header_query('$.alg')
   http-request set-var(txn.app) var(txn.bearer),jwt_payload_query('$.appid')
-  http-request deny deny_status 401 unless { var(txn.bearer),jwt_header_query('$.alg') -m str RS256 }
-  http-request deny deny_status 401 unless { var(txn.bearer),jwt_verify(txn.alg,"%s") 1 } || { var(txn.bearer),jwt_verify("RS256","%s") 1 }
-  http-request deny deny_status 401 unless { var(txn.amr) -m sub mfa }
+  http-request deny deny_status 401 unless { var(txn.alg) -m str RS256 }
+  http-request deny deny_status 401 unless { var(txn.bearer),jwt_verify(txn.alg,"%s") 1 }
+  http-request deny deny_status 401 unless { var(txn.aud) -m str https://api.partnercenter.microsoft.com }
   log-format "%%ci %%ST %%HM %%HP %%[var(txn.app)] %%[var(txn.aud)] %%Tr %%B"
   default_backend u
 backend u
   http-reuse always
   server s %s
-`, address, key, key, strings.TrimPrefix(b.upstream.url, "http://")), 0o600)
+`, address, key, strings.TrimPrefix(b.upstream.url, "http://")), 0o600)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"sync/atomic"
 	"testing"
 )
 
@@ -28,8 +29,9 @@ func BenchmarkDecide(b *testing.B) {
 		defer mustClose(b, l)
 		b.ReportAllocs()
 		b.SetParallelism(32)
+		var goroutines atomic.Uint64
 		b.RunParallel(func(pb *testing.PB) {
-			rec, n := record(), uint64(0)
+			rec, n := record(), goroutines.Add(1)<<32
 			for pb.Next() {
 				n++
 				binary.BigEndian.PutUint64(rec.Call[:], n)
@@ -63,6 +65,20 @@ func BenchmarkReader(b *testing.B) {
 		} else if err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// BenchmarkWrite is the floor: the two writes of a call, without anything else.
+func BenchmarkWrite(b *testing.B) {
+	f, err := osFiles{}.create(b.TempDir() + "/file")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	p := make([]byte, 1200)
+	for b.Loop() {
+		f.Write(p)
+		f.Write(p[:600])
 	}
 }
 
