@@ -60,6 +60,7 @@ type pair struct {
 	proved   time.Time // it bore MFA, and Microsoft accepted it
 	accepted time.Time // Microsoft accepted it
 	missing  time.Time // verified, without MFA
+	unclear  time.Time // verified, but whether it has MFA cannot be judged
 	verified time.Time // verified, otherwise
 	sums     []store.Sum
 }
@@ -83,6 +84,8 @@ func (p *pair) add(s store.Sum) {
 	switch {
 	case withoutMFA(s):
 		latest(&p.missing)
+	case s.Verified && s.MFA == policy.MFAUnknown.String():
+		latest(&p.unclear)
 	case s.Verified:
 		latest(&p.verified)
 	}
@@ -102,15 +105,16 @@ func withoutMFA(s store.Sum) bool {
 
 // verdict lets the latest evidence count, so that a fixed script turns ready with
 // its next call. When calls with and without MFA began in the same microsecond,
-// the one without counts as the later.
+// the one without counts as the later. A token whose MFA cannot be judged is no
+// proof of readiness: enforce would refuse it.
 func (p *pair) verdict() Verdict {
 	switch {
 	case p.refused.After(p.proved):
 		return Breaking
-	case p.missing.IsZero() && p.verified.IsZero():
-		return Unknown
-	case !p.missing.IsZero() && !p.missing.Before(p.verified):
+	case !p.missing.IsZero() && !p.missing.Before(p.verified) && !p.missing.Before(p.unclear):
 		return WillBreak
+	case p.verified.IsZero() || !p.unclear.Before(p.verified):
+		return Unknown
 	}
 	return Ready
 }
@@ -126,7 +130,7 @@ func (p *pair) evidence() []store.Sum {
 			return s.Rejection == string(policy.RejectionMFARequired) && s.Last.After(p.proved)
 		}
 	case WillBreak:
-		is = func(s store.Sum) bool { return withoutMFA(s) && !s.Last.Before(p.verified) }
+		is = func(s store.Sum) bool { return withoutMFA(s) && !s.Last.Before(p.verified) && !s.Last.Before(p.unclear) }
 	case Unknown:
 		is = func(store.Sum) bool { return true }
 	default:

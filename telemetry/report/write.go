@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"github.com/partnerguard/partnerguard/policy"
 )
 
 // WriteJSON writes r as one JSON document.
@@ -80,7 +82,7 @@ func table(b *strings.Builder, r *Report, groups []Group, style Style) {
 		{head: "CANNOT VERIFY", of: func(g *Group) string { return number(g.Unverifiable) }},
 		{head: "WOULD REFUSE", of: func(g *Group) string { return number(g.WouldReject) }},
 		{head: "GUARD REFUSED", of: func(g *Group) string { return number(g.Rejected) }},
-		{head: "MICROSOFT REFUSED", left: true, flexible: true, of: refusals},
+		{head: "MICROSOFT REFUSED", of: func(g *Group) string { return number(refusalCount(g)) }},
 		{head: "LAST SEEN", left: true, of: func(g *Group) string {
 			if g.LastSeen.IsZero() {
 				return "never"
@@ -88,9 +90,11 @@ func table(b *strings.Builder, r *Report, groups []Group, style Style) {
 			return g.LastSeen.UTC().Format("01-02 15:04")
 		}},
 	}
-	if by != ByIntegration {
-		columns = slices.DeleteFunc(columns, func(c column) bool { return c.head == "OWNER" })
-	}
+	columns = slices.DeleteFunc(columns, func(c column) bool {
+		// What nobody has tells nothing; the owner is an integration's.
+		empty := !slices.ContainsFunc(groups, func(g Group) bool { return c.of(&g) != "-" })
+		return empty || c.head == "OWNER" && by != ByIntegration
+	})
 	total := 0
 	for i := range columns {
 		c := &columns[i]
@@ -167,12 +171,13 @@ func title(g *Group) string {
 	return clean(g.Name)
 }
 
-// refusals lists Microsoft's by code, the most frequent first.
-func refusals(g *Group) string {
-	if len(g.Refusals) == 0 {
-		return "-"
+// refusalCount is how many calls of the group Microsoft refused.
+func refusalCount(g *Group) int64 {
+	var sum int64
+	for _, n := range g.Refusals {
+		sum += n
 	}
-	return counted(g.Refusals, " ×", ", ")
+	return sum
 }
 
 // counted lists the keys of counts with their numbers, the greatest first.
@@ -201,7 +206,7 @@ func detail(b *strings.Builder, g *Group, by Dimension, style Style) {
 	const indent = "  "
 	facts := []string{"reasons: " + counted(g.Reasons, " ×", ", ")}
 	if len(g.Refusals) > 0 {
-		facts = append(facts, "Microsoft refused: "+refusals(g))
+		facts = append(facts, "Microsoft refused: "+counted(g.Refusals, " ×", ", "))
 	}
 	if g.MFACompliant != (Compliance{}) {
 		facts = append(facts, fmt.Sprintf("Microsoft's verdict: %d compliant, %d not", g.MFACompliant.True, g.MFACompliant.False))
@@ -227,10 +232,20 @@ func detail(b *strings.Builder, g *Group, by Dimension, style Style) {
 		facts = append(facts, "routes: "+strings.Join(names, ", "))
 	}
 	b.WriteString(wrap(strings.Join(facts, "; "), indent, indent, width))
-	for _, c := range g.Causes {
+	// What is merely possible is named, for the reader to look up in the JSON, unless
+	// there is nothing better.
+	var possible []string
+	for i, c := range g.Causes {
+		if i > 0 && c.Confidence == policy.Possible.String() {
+			possible = append(possible, clean(c.Cause))
+			continue
+		}
 		label := pad(c.Confidence, len("possible"))
 		b.WriteString(wrap(clean(c.Text), indent+label+"  ", strings.Repeat(" ", 12), width))
 		b.WriteString(wrap("Fix: "+clean(c.Fix), strings.Repeat(" ", 12), strings.Repeat(" ", 17), width))
+	}
+	if len(possible) > 0 {
+		b.WriteString(wrap("Possible too: "+strings.Join(possible, ", ")+".", indent, indent, width))
 	}
 }
 
