@@ -12,12 +12,16 @@ import (
 // One operation is a decision and its outcome.
 func BenchmarkDecide(b *testing.B) {
 	b.Run("serial", func(b *testing.B) {
-		l := mustOpen(b, Config{Dir: b.TempDir()})
+		l, err := Open(Config{Dir: b.TempDir(), MinFree: -1})
+		if err != nil {
+			b.Fatal(err)
+		}
 		defer mustClose(b, l)
 		rec, n := record(), uint64(0)
 		b.ReportAllocs()
 		for b.Loop() {
 			n++
+			rec.Encoded = rec.Encoded[:0]
 			binary.BigEndian.PutUint64(rec.Call[:], n)
 			if l.Decide(rec) != nil || l.Finish(rec) != nil {
 				b.Fatal("not recorded")
@@ -25,7 +29,10 @@ func BenchmarkDecide(b *testing.B) {
 		}
 	})
 	b.Run("parallel", func(b *testing.B) {
-		l := mustOpen(b, Config{Dir: b.TempDir()})
+		l, err := Open(Config{Dir: b.TempDir(), MinFree: -1})
+		if err != nil {
+			b.Fatal(err)
+		}
 		defer mustClose(b, l)
 		b.ReportAllocs()
 		b.SetParallelism(32)
@@ -34,6 +41,7 @@ func BenchmarkDecide(b *testing.B) {
 			rec, n := record(), goroutines.Add(1)<<32
 			for pb.Next() {
 				n++
+				rec.Encoded = rec.Encoded[:0]
 				binary.BigEndian.PutUint64(rec.Call[:], n)
 				if l.Decide(rec) != nil || l.Finish(rec) != nil {
 					b.Error("not recorded")

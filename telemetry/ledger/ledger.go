@@ -57,6 +57,7 @@ type Ledger struct {
 	pending *batch    // what the next commit takes
 	spare   *batch
 	writing *batch // what is being committed, nil when nothing is
+	waiting bool   // outcomes are pending and carry knows of it
 	commits uint64 // begun; tells the watcher one write from another
 	stalled bool   // the write being done takes too long
 	closed  bool
@@ -77,9 +78,11 @@ type Ledger struct {
 
 	lead lead
 
-	events chan Event
-	stop   chan struct{}
-	tasks  sync.WaitGroup
+	events   chan Event
+	delay    time.Duration // pace.carry
+	outcomes chan struct{} // wakes carry; holds one
+	stop     chan struct{}
+	tasks    sync.WaitGroup
 }
 
 // Config is what Open needs. Dir is required.
@@ -216,9 +219,12 @@ type pace struct {
 	probe time.Duration // for recovery
 	watch time.Duration // a write that lasts from one look to the next has stalled
 	prune time.Duration
+	// carry is how long an outcome waits for a decision to share a write with, which
+	// saves every other write under load; 0 writes it at once.
+	carry time.Duration
 }
 
-var defaultPace = pace{probe: time.Second, watch: 2 * time.Second, prune: time.Hour}
+var defaultPace = pace{probe: time.Second, watch: 2 * time.Second, prune: time.Hour, carry: 5 * time.Millisecond}
 
 func open(cfg Config, fs files, p pace) (*Ledger, error) {
 	if cfg.Dir == "" {
@@ -243,13 +249,15 @@ func open(cfg Config, fs files, p pace) (*Ledger, error) {
 		cfg.Event = func(Event) {}
 	}
 	l := &Ledger{
-		cfg:     cfg,
-		files:   fs,
-		pending: &batch{},
-		spare:   &batch{},
-		open:    map[proxy.CallID]struct{}{},
-		events:  make(chan Event, 64),
-		stop:    make(chan struct{}),
+		cfg:      cfg,
+		files:    fs,
+		pending:  &batch{},
+		spare:    &batch{},
+		open:     map[proxy.CallID]struct{}{},
+		events:   make(chan Event, 64),
+		outcomes: make(chan struct{}, 1),
+		delay:    p.carry,
+		stop:     make(chan struct{}),
 	}
 	l.idle.L = &l.mu
 	l.members.New = func() any { return new([]byte) }
@@ -270,8 +278,9 @@ func open(cfg Config, fs files, p pace) (*Ledger, error) {
 		l.lock.Close()
 		return nil, err
 	}
-	l.tasks.Add(2)
+	l.tasks.Add(3)
 	go l.watch(p)
+	go l.carry()
 	go l.keep(p)
 	return l, nil
 }
@@ -403,9 +412,9 @@ func (l *Ledger) Decide(rec *proxy.Record) error {
 }
 
 // Finish appends the outcome of rec, once for each call that Decide was asked for.
-// When another call is writing it leaves the line to it and does not wait; what
-// then happens to the line shows in Status and Event. A call whose decision is not
-// in the ledger gets no outcome either: it is counted, and the error says so. An
+// It does not wait: the line goes out with the next decision, or by itself after
+// 5 ms; what then happens to it shows in Status and Event. A call whose decision is
+// not in the ledger gets no outcome either: it is counted, and the error says so. An
 // error wraps ErrUnavailable.
 func (l *Ledger) Finish(rec *proxy.Record) error {
 	p := l.members.Get().(*[]byte)
@@ -433,12 +442,42 @@ func (l *Ledger) Finish(rec *proxy.Record) error {
 		return err
 	}
 	l.pending.add(rec.Call, true, *p)
-	if l.leading {
-		l.mu.Unlock()
-		return nil
+	switch {
+	case l.leading:
+	case l.delay == 0:
+		l.leading = true
+		return l.leadOn(false)
+	case !l.waiting:
+		l.waiting = true
+		l.outcomes <- struct{}{} // never blocks: there is one at most
 	}
-	l.leading = true
-	return l.leadOn(false)
+	l.mu.Unlock()
+	return nil
+}
+
+// carry commits the outcomes that no decision took along in time.
+func (l *Ledger) carry() {
+	defer l.tasks.Done()
+	for {
+		select {
+		case <-l.stop:
+			return
+		case <-l.outcomes:
+		}
+		select {
+		case <-l.stop:
+			return
+		case <-time.After(l.delay):
+		}
+		l.mu.Lock()
+		l.waiting = false
+		if l.leading || l.closed || len(l.pending.lines) == 0 {
+			l.mu.Unlock()
+			continue
+		}
+		l.leading = true
+		l.leadOn(false)
+	}
 }
 
 // UserRef returns what stands for the user of t in every record: a keyed hash of
@@ -487,7 +526,7 @@ func (l *Ledger) Close() error {
 	}
 	l.leading = true // for good
 	var err error
-	if l.down == nil && (!l.gap.empty() || len(l.unfinished) > 0) {
+	if l.down == nil && (len(l.pending.lines) > 0 || !l.gap.empty() || len(l.unfinished) > 0) {
 		err = l.commit(false)
 	}
 	l.mu.Unlock()

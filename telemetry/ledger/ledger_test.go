@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -648,7 +649,7 @@ func TestANewDayBeginsANewSegment(t *testing.T) {
 func TestIdentitiesStandOutsideTheChain(t *testing.T) {
 	dir := t.TempDir()
 	l := mustOpen(t, Config{Dir: dir})
-	anna := policy.Token{Verified: true, Kind: policy.KindAppUser, TenantID: "t1", ObjectID: "o1", UPN: "anna@contoso.example"}
+	anna := policy.Token{Verified: true, Kind: policy.KindAppUser, TenantID: "t1", ObjectID: "o1", UPN: "svc-billing@contoso.example"}
 	elsewhere := anna
 	elsewhere.TenantID = "t2"
 	renamed := anna
@@ -691,7 +692,7 @@ func TestIdentitiesStandOutsideTheChain(t *testing.T) {
 	want := map[string]Identity{
 		ref:                   {ref, "t1", "o1", "anna.b@contoso.example"},
 		carl:                  {carl, "t1", "o4", "carl\x1b[2J@contoso.example"},
-		l.UserRef(&elsewhere): {l.UserRef(&elsewhere), "t2", "o1", "anna@contoso.example"},
+		l.UserRef(&elsewhere): {l.UserRef(&elsewhere), "t2", "o1", "svc-billing@contoso.example"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("Identities (-want +got):\n%s", diff)
@@ -748,7 +749,7 @@ func record() *proxy.Record {
 			QueryNames: []string{"size"}, Upstream: "partner-center", Integration: "nightly-billing", Evidence: "app_id", Owner: "billing@contoso.example",
 			Customer: "5f0f4d5c-0000-4000-8000-000000000001",
 			Token: policy.Token{Verified: true, Kind: policy.KindAppUser, MFA: policy.MFAPresent, TenantID: "1b2c3d4e-0a1b-4c2d-8e3f-901234567890",
-				AppID: "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11", ObjectID: "0f9a6c1e-0000-4000-8000-000000000001", UPN: "anna@contoso.example",
+				AppID: "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11", ObjectID: "0f9a6c1e-0000-4000-8000-000000000001", UPN: "svc-billing@contoso.example",
 				UTI: "uti", AMR: []string{"pwd", "mfa"}, IssuedAt: 1796113805, ExpiresAt: 1796117405},
 			Decision:  policy.Decision{Effect: policy.Allow, Reason: policy.ReasonMFAPresent, Mode: policy.Enforce},
 			RequestID: "8b1f8b32-1c7b-4a36-94d8-9f6a2c1d0e55", CorrelationID: "1c7b4a36-94d8-4f6a-8c1d-0e558b1f8b32", UserAgent: "python-requests/2.32",
@@ -766,11 +767,57 @@ func mustOpen(t testing.TB, cfg Config) *Ledger {
 	if cfg.MinFree == 0 {
 		cfg.MinFree = -1
 	}
-	l, err := Open(cfg)
+	p := defaultPace
+	p.carry = 0 // what is finished can be read
+	l, err := open(cfg, osFiles{}, p)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return l
+}
+
+func TestAnOutcomeGoesOutByItselfSoonAndWithTheNextDecisionSooner(t *testing.T) {
+	dir := t.TempDir()
+	p := defaultPace
+	p.carry = time.Hour
+	l, err := open(Config{Dir: dir, MinFree: -1}, osFiles{}, p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, second := record(), record()
+	if err := errors.Join(l.Decide(first), l.Finish(first)); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := Verify(dir, nil); err != nil || r.Outcomes != 0 {
+		t.Errorf("%d outcomes at once, %v; want the one to wait", r.Outcomes, err)
+	}
+	if err := errors.Join(l.Decide(second), l.Finish(second)); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := Verify(dir, nil); err != nil || r.Outcomes != 1 {
+		t.Errorf("%d outcomes with the next decision, %v; want 1", r.Outcomes, err)
+	}
+	mustClose(t, l)
+	if r, err := Verify(dir, nil); err != nil || r.Outcomes != 2 {
+		t.Errorf("%d outcomes after Close, %v; want 2", r.Outcomes, err)
+	}
+
+	p.carry = time.Millisecond
+	if l, err = open(Config{Dir: dir, MinFree: -1}, osFiles{}, p); err != nil {
+		t.Fatal(err)
+	}
+	defer mustClose(t, l)
+	third := record()
+	if err := errors.Join(l.Decide(third), l.Finish(third)); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+		if r, err := Verify(dir, nil); err != nil || time.Now().After(deadline) {
+			t.Fatalf("%d outcomes, %v; the third does not go out by itself", r.Outcomes, err)
+		} else if r.Outcomes == 3 {
+			return
+		}
+	}
 }
 
 func mustClose(t testing.TB, l *Ledger) {
