@@ -160,6 +160,8 @@ func (t *Token) guest() bool {
 	return t.Kind != KindAppOnly && t.IdP != "" && t.TenantID != "" && !strings.Contains(t.IdP, t.TenantID)
 }
 
+const legacyAudienceFix = "Request the token with resource=https://api.partnercenter.microsoft.com. The archived .NET SDK does this only when its defaults are overridden."
+
 // ownReason explains a reason of the guard's.
 func ownReason(t Token, r Reason) []Cause {
 	one := func(c Confidence, code, text, fix string) []Cause {
@@ -194,7 +196,7 @@ func ownReason(t Token, r Reason) []Cause {
 		if strings.Contains(t.Audience, "graph.windows.net") || strings.Contains(t.Audience, "graph.chinacloudapi.cn") {
 			return one(Certain, "legacy_audience",
 				"The token is for "+t.Audience+", which Partner Center has refused since 31 August 2025 (900420).",
-				"Request the token with resource=https://api.partnercenter.microsoft.com. The archived .NET SDK does this only when its defaults are overridden.")
+				legacyAudienceFix)
 		}
 		return one(Certain, "wrong_audience",
 			"The token is for another API"+quoted(t.Audience)+".",
@@ -241,6 +243,13 @@ func refusal(t Token, reason Reason, k Rejection, code string) []Cause {
 	}
 	switch k {
 	case RejectionAudienceRefused:
+		if code == "900420" && t.Audience == "" {
+			// The record keeps no audience, but Microsoft has a code of its own for the
+			// one that it no longer serves.
+			return one(Likely, "legacy_audience",
+				"The token is for an audience that Partner Center no longer serves, such as https://graph.windows.net (900420).",
+				legacyAudienceFix)
+		}
 		causes := ownReason(t, ReasonTokenWrongAudience)
 		if reason != ReasonTokenWrongAudience && causes[0].Code != "legacy_audience" {
 			// Microsoft's word, not the token's.

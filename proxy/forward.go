@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/partnerguard/partnerguard/policy"
 )
@@ -37,6 +38,7 @@ func (g *Guard) forward(c *call) {
 	rp := httputil.ReverseProxy{
 		Transport:      c.upstream,
 		BufferPool:     buffers,
+		FlushInterval:  flushInterval,
 		ErrorLog:       silent, // every failure is in the record
 		Rewrite:        func(pr *httputil.ProxyRequest) { g.rewrite(pr, c) },
 		ModifyResponse: func(res *http.Response) error { g.observe(res, c); return nil },
@@ -44,6 +46,10 @@ func (g *Guard) forward(c *call) {
 	}
 	rp.ServeHTTP(c, c.in)
 }
+
+// flushInterval is how long the header of a slow answer, or less of its body than
+// net/http's buffer holds, may wait on its way to the client.
+const flushInterval = 20 * time.Millisecond
 
 // rewrite aims the outgoing request at the upstream. Everything that the client
 // sent and that is not ours or hop-by-hop stays as it is.

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/partnerguard/partnerguard/policy"
 	"github.com/partnerguard/partnerguard/proxy"
@@ -16,34 +18,29 @@ import (
 // instruments are all metrics of the guard: their names, units and labels stand
 // here and nowhere else. Every label has a bounded set of values.
 type instruments struct {
-	calls        metric.Int64Counter     // integration, mode, effect, reason, status_class
-	duration     metric.Float64Histogram // integration, effect
-	upstreamTime metric.Float64Histogram // upstream
-	rejections   metric.Int64Counter     // integration, rejection
-	compliant    metric.Int64Counter     // integration, compliant
-	replays      metric.Int64Counter
-	unrecorded   metric.Int64Counter // integration
-	unparsed     metric.Int64Counter
-	degraded     metric.Int64Gauge // part
-	buildInfo    metric.Int64Gauge // version, go_version
-	storeLag     metric.Float64Gauge
-	keyAge       metric.Float64Gauge // tenant, version
-	breaker      metric.Int64Gauge   // upstream, state
+	calls      counters[callLabels]
+	rejections counters[rejectionLabels]
+	compliant  counters[compliantLabels]
+	unrecorded counters[integrationLabel]
+	replays    atomic.Int64
+	unparsed   atomic.Int64
 
-	series      seriesCache[callLabels]
-	durations   seriesCache[durationLabels]
-	upstreams   seriesCache[string]
-	rejected    seriesCache[rejectionLabels]
-	compliances seriesCache[compliantLabels]
-	names       seriesCache[string]
+	duration     histogram[durationLabels]
+	upstreamTime histogram[upstreamLabel]
+
+	degraded  metric.Int64Gauge // part
+	buildInfo metric.Int64Gauge // version, go_version
+	storeLag  metric.Float64Gauge
+	keyAge    metric.Float64Gauge // tenant, version
+	breaker   metric.Int64Gauge   // upstream, state
 }
 
 type callLabels struct {
-	integration    string
-	mode           policy.Mode
-	effect         policy.Effect
-	reason         policy.Reason
-	statusHundreds int
+	integration string
+	mode        policy.Mode
+	effect      policy.Effect
+	reason      policy.Reason
+	hundreds    int
 }
 
 type durationLabels struct {
@@ -61,21 +58,35 @@ type compliantLabels struct {
 	compliant   bool
 }
 
+type (
+	integrationLabel string
+	upstreamLabel    string
+)
+
 // durationBuckets span a refusal from memory (100 µs) to an SDK's patience (180 s).
 var durationBuckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 180}
 
 func newInstruments(m metric.Meter, log *CallLog) (*instruments, error) {
-	var in instruments
+	in := &instruments{}
 	var err error
 	must := func(e error) {
 		if err == nil {
 			err = e
 		}
 	}
-	counter := func(name, unit, about string) metric.Int64Counter {
-		c, e := m.Int64Counter(name, metric.WithUnit(unit), metric.WithDescription(about))
+	// Counters are kept here and observed when they are asked for: a call then costs
+	// an atomic addition instead of a walk through the SDK.
+	observe := func(name, about string, values func(func(int64, metric.ObserveOption))) {
+		c, e := m.Int64ObservableCounter(name, metric.WithDescription(about))
 		must(e)
-		return c
+		_, e = m.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+			values(func(n int64, set metric.ObserveOption) { o.ObserveInt64(c, n, set) })
+			return nil
+		}, c)
+		must(e)
+	}
+	one := func(n func() int64) func(func(int64, metric.ObserveOption)) {
+		return func(yield func(int64, metric.ObserveOption)) { yield(n(), metric.WithAttributes()) }
 	}
 	seconds := func(name, about string) metric.Float64Histogram {
 		h, e := m.Float64Histogram(name, metric.WithUnit("s"), metric.WithDescription(about), metric.WithExplicitBucketBoundaries(durationBuckets...))
@@ -92,61 +103,49 @@ func newInstruments(m metric.Meter, log *CallLog) (*instruments, error) {
 		must(e)
 		return g
 	}
-	in.calls = counter("partnerguard.calls", "", "Calls, by integration, mode, effect, reason and class of the status that the client got.")
-	in.duration = seconds("partnerguard.call.duration", "Time of a call from its header to the end of the answer.")
-	in.upstreamTime = seconds("partnerguard.upstream.duration", "Time until the upstream's response header.")
-	in.rejections = counter("partnerguard.rejections", "", "Microsoft's 401 and 403, by integration and kind.")
-	in.compliant = counter("partnerguard.mfa_compliance", "", "Microsoft's own verdict (isMfaCompliant), by integration.")
-	in.replays = counter("partnerguard.replays", "", "Times net/http sent a safe request again over a fresh connection.")
-	in.unrecorded = counter("partnerguard.unrecorded_calls", "", "Calls that the ledger lacks, wholly or in part.")
-	in.unparsed = counter("partnerguard.unparsed_requests", "", "Requests that were refused as malformed, or given up, before there was a call.")
+	observe("partnerguard.calls", "Calls, by integration, mode, effect, reason and class of the status that the client got.", in.calls.all)
+	observe("partnerguard.rejections", "Microsoft's 401 and 403, by integration and kind.", in.rejections.all)
+	observe("partnerguard.mfa_compliance", "Microsoft's own verdict (isMfaCompliant), by integration.", in.compliant.all)
+	observe("partnerguard.unrecorded_calls", "Calls that the ledger lacks, wholly or in part, by integration.", in.unrecorded.all)
+	observe("partnerguard.replays", "Times net/http sent a safe request again over a fresh connection.", one(in.replays.Load))
+	observe("partnerguard.unparsed_requests", "Requests that were refused as malformed, or given up, before there was a call.", one(in.unparsed.Load))
+	if log != nil {
+		observe("partnerguard.log_dropped_lines", "Log lines dropped because the reader of the log was too slow.", one(log.Dropped))
+	}
+	in.duration.h = seconds("partnerguard.call.duration", "Time of a call from its header to the end of the answer, by integration and effect.")
+	in.upstreamTime.h = seconds("partnerguard.upstream.duration", "Time until the upstream's response header.")
 	in.degraded = gauge("partnerguard.degraded", "1 while a part does not do its work, else 0.")
 	in.buildInfo = gauge("partnerguard.build_info", "Always 1; the version is in the labels.")
 	in.storeLag = secondsGauge("partnerguard.store.lag", "How far the store lies behind the ledger.")
 	in.keyAge = secondsGauge("partnerguard.keys.age", "Age of the key set in use.")
 	in.breaker = gauge("partnerguard.upstream.breaker", "1 for the breaker's state, else 0.")
-	if log != nil {
-		dropped, e := m.Int64ObservableCounter("partnerguard.log_dropped_lines", metric.WithDescription("Log lines dropped because the reader of the log was too slow."))
-		must(e)
-		_, e = m.RegisterCallback(func(_ context.Context, o metric.Observer) error {
-			o.ObserveInt64(dropped, log.Dropped())
-			return nil
-		}, dropped)
-		must(e)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("set up metrics: %w", err)
 	}
-	return &in, nil
+	return in, nil
 }
 
 // count adds a finished call.
 func (in *instruments) count(ctx context.Context, rec *proxy.Record, unrecorded error) {
-	l := callLabels{rec.Integration, rec.Mode, rec.Effect, rec.Reason, rec.Status / 100}
-	in.calls.Add(ctx, 1, in.series.get(l, l.attributes).add...)
-	d := durationLabels{rec.Integration, rec.Effect}
-	in.duration.Record(ctx, rec.Duration.Seconds(), in.durations.get(d, d.attributes).record...)
+	in.calls.add(callLabels{rec.Integration, rec.Mode, rec.Effect, rec.Reason, rec.Status / 100})
+	in.duration.record(ctx, rec.Duration, durationLabels{rec.Integration, rec.Effect})
 	if rec.UpstreamTime > 0 {
-		in.upstreamTime.Record(ctx, rec.UpstreamTime.Seconds(), in.upstreams.get(rec.Upstream, label("upstream", rec.Upstream)).record...)
+		in.upstreamTime.record(ctx, rec.UpstreamTime, upstreamLabel(rec.Upstream))
 	}
 	if rec.Rejection != "" {
-		r := rejectionLabels{rec.Integration, rec.Rejection}
-		in.rejections.Add(ctx, 1, in.rejected.get(r, r.attributes).add...)
+		in.rejections.add(rejectionLabels{rec.Integration, rec.Rejection})
 	}
 	if rec.MFACompliant != policy.CompliantUnknown {
-		c := compliantLabels{rec.Integration, rec.MFACompliant == policy.CompliantTrue}
-		in.compliant.Add(ctx, 1, in.compliances.get(c, c.attributes).add...)
+		in.compliant.add(compliantLabels{rec.Integration, rec.MFACompliant == policy.CompliantTrue})
 	}
-	if rec.Replays > 0 {
-		in.replays.Add(ctx, int64(rec.Replays))
-	}
+	in.replays.Add(int64(rec.Replays))
 	if unrecorded != nil {
-		in.unrecorded.Add(ctx, 1, in.names.get(rec.Integration, label("integration", rec.Integration)).add...)
+		in.unrecorded.add(integrationLabel(rec.Integration))
 	}
 }
 
 // Unparsed counts a request that never became a call.
-func (in *instruments) Unparsed() { in.unparsed.Add(context.Background(), 1) }
+func (in *instruments) Unparsed() { in.unparsed.Add(1) }
 
 // Degraded says whether a part (keys, ledger, store, disk) fails to do its work.
 func (in *instruments) Degraded(part string, is bool) {
@@ -184,61 +183,86 @@ func oneIf(b bool) int64 {
 	return 0
 }
 
-func (l callLabels) attributes() []attribute.KeyValue {
-	class := "none"
-	if l.statusHundreds > 0 {
-		class = string(rune('0'+l.statusHundreds)) + "xx"
+// attributesOf are a series' labels.
+func attributesOf(key any) []attribute.KeyValue {
+	text := attribute.String
+	switch k := key.(type) {
+	case callLabels:
+		class := "none"
+		if k.hundreds > 0 {
+			class = strconv.Itoa(k.hundreds) + "xx"
+		}
+		return []attribute.KeyValue{text("integration", k.integration), text("mode", k.mode.String()),
+			text("effect", k.effect.String()), text("reason", string(k.reason)), text("status_class", class)}
+	case durationLabels:
+		return []attribute.KeyValue{text("integration", k.integration), text("effect", k.effect.String())}
+	case rejectionLabels:
+		return []attribute.KeyValue{text("integration", k.integration), text("rejection", string(k.rejection))}
+	case integrationLabel:
+		return []attribute.KeyValue{text("integration", string(k))}
+	case upstreamLabel:
+		return []attribute.KeyValue{text("upstream", string(k))}
+	case compliantLabels:
+		return []attribute.KeyValue{text("integration", k.integration), attribute.Bool("compliant", k.compliant)}
 	}
-	return []attribute.KeyValue{
-		attribute.String("integration", l.integration), attribute.String("mode", l.mode.String()),
-		attribute.String("effect", l.effect.String()), attribute.String("reason", string(l.reason)),
-		attribute.String("status_class", class),
-	}
+	return nil
 }
 
-func (l durationLabels) attributes() []attribute.KeyValue {
-	return []attribute.KeyValue{attribute.String("integration", l.integration), attribute.String("effect", l.effect.String())}
+// series finds what belongs to a key, made at its first use. Reading takes no lock.
+type series[K comparable, V any] struct {
+	known atomic.Pointer[map[K]V] // replaced whole, never modified
+	mu    sync.Mutex              // for writers
 }
 
-func (l rejectionLabels) attributes() []attribute.KeyValue {
-	return []attribute.KeyValue{attribute.String("integration", l.integration), attribute.String("rejection", string(l.rejection))}
-}
-
-func (l compliantLabels) attributes() []attribute.KeyValue {
-	return []attribute.KeyValue{attribute.String("integration", l.integration), attribute.Bool("compliant", l.compliant)}
-}
-
-func label(name, value string) func() []attribute.KeyValue {
-	return func() []attribute.KeyValue { return []attribute.KeyValue{attribute.String(name, value)} }
-}
-
-// seriesCache keeps the options of series that were seen, so that a call does not
-// build and sort its attributes anew.
-type seriesCache[K comparable] struct {
-	known atomic.Pointer[map[K]series] // replaced whole, never modified
-	mu    sync.Mutex                   // for writers
-}
-
-// series are the options of one series, for counters and for histograms.
-type series struct {
-	add    []metric.AddOption
-	record []metric.RecordOption
-}
-
-func (c *seriesCache[K]) get(key K, attributes func() []attribute.KeyValue) series {
-	if m := c.known.Load(); m != nil {
-		if o, ok := (*m)[key]; ok {
-			return o
+func (s *series[K, V]) get(key K, make func(metric.MeasurementOption) V) V {
+	if m := s.known.Load(); m != nil {
+		if v, ok := (*m)[key]; ok {
+			return v
 		}
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	next := map[K]series{}
-	if m := c.known.Load(); m != nil {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := map[K]V{}
+	if m := s.known.Load(); m != nil {
 		maps.Copy(next, *m)
 	}
-	o := metric.WithAttributeSet(attribute.NewSet(attributes()...))
-	next[key] = series{[]metric.AddOption{o}, []metric.RecordOption{o}}
-	c.known.Store(&next)
-	return next[key]
+	v, ok := next[key]
+	if !ok {
+		v = make(metric.WithAttributeSet(attribute.NewSet(attributesOf(key)...)))
+		next[key] = v
+		s.known.Store(&next)
+	}
+	return v
+}
+
+// counters count by key.
+type counters[K comparable] struct{ series[K, *counter] }
+
+type counter struct {
+	n   atomic.Int64
+	set metric.ObserveOption
+}
+
+func (c *counters[K]) add(key K) {
+	c.get(key, func(set metric.MeasurementOption) *counter { return &counter{set: set} }).n.Add(1)
+}
+
+func (c *counters[K]) all(yield func(int64, metric.ObserveOption)) {
+	if m := c.known.Load(); m != nil {
+		for _, v := range *m {
+			yield(v.n.Load(), v.set)
+		}
+	}
+}
+
+// histogram records times by key.
+type histogram[K comparable] struct {
+	h metric.Float64Histogram
+	series[K, []metric.RecordOption]
+}
+
+func (h *histogram[K]) record(ctx context.Context, d time.Duration, key K) {
+	h.h.Record(ctx, d.Seconds(), h.get(key, func(set metric.MeasurementOption) []metric.RecordOption {
+		return []metric.RecordOption{set}
+	})...)
 }

@@ -176,6 +176,8 @@ func describe(span trace.Span, rec *proxy.Record) {
 		attribute.String("partnerguard.error", rec.Error),
 		attribute.String("partnerguard.request_id", rec.RequestID),
 		attribute.String("http.route", rec.Route),
+		// otelhttp put the raw path here, which names customers and users.
+		attribute.String("url.path", rec.Route),
 		// otelhttp takes X-Forwarded-For for it, which anyone can write.
 		attribute.String("client.address", rec.Peer),
 	)

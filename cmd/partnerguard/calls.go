@@ -68,7 +68,9 @@ func calls(c *cobra.Command, e environment) error {
 	}
 	ctx := c.Context()
 	table := report.NewCallsTable(e.out, identities, report.Style{Width: width(e.out)})
+	shown := 0
 	show := func(call store.Call) error {
+		shown++
 		filter.AfterFinish = max(filter.AfterFinish, call.Finish)
 		if form == "json" {
 			return report.WriteCallJSON(e.out, &call, identities)
@@ -89,6 +91,10 @@ func calls(c *cobra.Command, e environment) error {
 		return err
 	}
 	if !follow {
+		if shown == 0 {
+			since, _ := c.Flags().GetString("since")
+			fmt.Fprintf(e.err, "partnerguard: no call since %s matches; see --since\n", since)
+		}
 		if lag, err := r.Lag(ctx); err == nil && lag > 5*time.Second {
 			fmt.Fprintf(e.err, "partnerguard: the store lies %s behind the ledger; is the guard running?\n", lag.Round(time.Second))
 		}
@@ -127,7 +133,7 @@ func callFilter(c *cobra.Command) (store.Filter, error) {
 		return f, usage(errors.New("--limit is negative"), "write 0 for all")
 	}
 	if _, _, err := store.ParseStatus(f.Status); f.Status != "" && err != nil {
-		return f, usage(fmt.Errorf("--status: %w", err), "write 401, or 4xx")
+		return f, usage(fmt.Errorf("--status: %w", err), "")
 	}
 	var err error
 	if f.Since, err = lookBack(text("since")); err != nil {

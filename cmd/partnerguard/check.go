@@ -30,6 +30,9 @@ health check.`,
 			if err != nil {
 				return err
 			}
+			if admin, _ := c.Flags().GetString("admin"); admin != "" {
+				cfg.Admin.Address = admin
+			}
 			if running, _ := c.Flags().GetBool("running"); running {
 				return askReady(e.out, cfg.Admin.Address)
 			}
@@ -42,6 +45,7 @@ health check.`,
 		},
 	}
 	configFlag(c)
+	c.Flags().String("admin", "", "`ADDRESS` of the admin listener to ask, as serve has it (default: that of the configuration)")
 	c.Flags().Bool("running", false, "ask the guard that runs with this configuration whether it is ready")
 	return c
 }
@@ -51,7 +55,7 @@ func askReady(w io.Writer, admin string) error {
 	client := http.Client{Timeout: 5 * time.Second}
 	res, err := client.Get("http://" + admin + "/readyz?verbose")
 	if err != nil {
-		return failed(fmt.Errorf("ask %s: %w", admin, err), "is the guard running, and is this its admin address?")
+		return failed(fmt.Errorf("ask %s: %w", admin, err), "is the guard running, and is this its admin address? see --admin")
 	}
 	defer res.Body.Close()
 	if _, err := io.Copy(w, io.LimitReader(res.Body, 64<<10)); err != nil {

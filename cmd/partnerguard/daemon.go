@@ -63,9 +63,9 @@ type daemonConfig struct {
 
 // start brings everything up in the order in which it depends on each other and
 // opens the listeners last. On an error nothing is left running.
-func start(ctx context.Context, dc daemonConfig) (d *daemon, err error) {
+func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
 	cfg := dc.config
-	d = &daemon{cfg: cfg, log: dc.log.Slog()}
+	d := &daemon{cfg: cfg, log: dc.log.Slog()}
 	defer func() {
 		if err != nil {
 			d.close(context.Background())

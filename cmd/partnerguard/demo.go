@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -34,7 +35,7 @@ whose they are, why, and what to do.`,
 		RunE:    func(c *cobra.Command, _ []string) error { return demo(c, e) },
 	}
 	c.Flags().Duration("for", 0, "how long to run; 0 runs until interrupted")
-	c.Flags().String("data-dir", "", "keep ledger and store here (default: a temporary directory, removed at the end)")
+	c.Flags().String("data-dir", "", "`DIR` to keep ledger and store in (default: a temporary directory, removed at the end)")
 	return c
 }
 
@@ -50,6 +51,9 @@ func demo(c *cobra.Command, e environment) error {
 			return failed(fmt.Errorf("create a data directory: %w", err), "give --data-dir")
 		}
 		defer os.RemoveAll(dir)
+	} else if _, err := os.Stat(filepath.Join(dir, "ledger")); err == nil {
+		// PARTNERGUARD_DATA_DIR may name the directory of a real guard.
+		return usage(fmt.Errorf("there is a ledger in %s already, and sample calls do not belong in it", dir), "name a new directory with --data-dir")
 	}
 	em, err := emulator.Start(emulator.Config{Shape: emulator.ShapeMixed})
 	if err != nil {
@@ -91,7 +95,7 @@ func demo(c *cobra.Command, e environment) error {
 			s.run(ctx, func(line string) {
 				screen.Lock()
 				defer screen.Unlock()
-				fmt.Fprintf(e.out, "  %-19s %-58s %s\n", app.Name, app.Purpose, line)
+				fmt.Fprintf(e.out, "  %-19s %-63s %s\n", app.Name, app.Purpose, line)
 			})
 		})
 	}

@@ -40,6 +40,9 @@ and run partnerguard serve -c FILE beside it to have the guard in between.`,
 			if err != nil {
 				return usage(err, "see partnerguard emulate --help")
 			}
+			if !(exposure >= 0 && exposure <= 1) {
+				return usage(fmt.Errorf("--exposure %v is not a share", exposure), "write a number from 0 to 1, such as 0.3")
+			}
 			if printConfig {
 				_, err := fmt.Fprint(e.out, emulator.ConfigYAML("http://"+emulateEntra, "http://"+emulatePartner))
 				return err

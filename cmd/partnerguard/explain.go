@@ -85,14 +85,14 @@ func readToken(e environment, file string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("read the token: %w", err)
 	}
-	s := strings.TrimSpace(strings.TrimPrefix(string(b), "\ufeff"))
-	if scheme, rest, ok := strings.Cut(s, " "); ok && strings.EqualFold(scheme, "bearer") {
-		s = strings.TrimSpace(rest)
+	words := strings.Fields(strings.TrimPrefix(string(b), "\ufeff"))
+	if len(words) > 0 && strings.EqualFold(words[0], "bearer") {
+		words = words[1:]
 	}
-	if s == "" {
+	if len(words) == 0 {
 		return "", usage(errors.New("there is no token in the input"), "give a file that holds the token, or - for standard input")
 	}
-	return s, nil
+	return strings.Join(words, " "), nil
 }
 
 func writeExplanation(w io.Writer, p *policy.Policy, x entra.Explanation, keys error) error {
@@ -113,7 +113,8 @@ func writeExplanation(w io.Writer, p *policy.Policy, x entra.Explanation, keys e
 
 	fmt.Fprintln(w, "\nChecks")
 	for _, check := range x.Checks {
-		fmt.Fprintf(w, "  %-8s %-22s %s\n", check.State, check.Name, shown(check.Detail))
+		line := fmt.Sprintf("  %-8s %-22s %s", check.State, check.Name, shown(check.Detail))
+		fmt.Fprintln(w, strings.TrimRight(line, " "))
 	}
 	if keys != nil && x.Err != nil && x.Err.Reason == policy.ReasonKeysUnavailable {
 		fmt.Fprintf(w, "\n  No keys to check the signature with: %s\n", shown(firstLine(keys.Error())))

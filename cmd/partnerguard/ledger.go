@@ -16,8 +16,11 @@ func newLedger(e environment) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "ledger",
 		Short: "Verify the ledger, rebuild the store from it",
-		Args:  cobra.NoArgs,
-		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
+		Long: `Verify the ledger, the truth about every call, and rebuild the store, the view of it
+that report and calls read.`,
+		Example: `  partnerguard ledger verify
+  partnerguard ledger rebuild`,
+		Args: cobra.NoArgs,
 	}
 	verify := &cobra.Command{
 		Use:   "verify",

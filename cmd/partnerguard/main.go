@@ -100,14 +100,17 @@ func newRoot(e environment) *cobra.Command {
 		Long: `partnerguard stands between your automation and Microsoft's Partner Center API. It
 verifies each call's bearer token, sees whether MFA is in it, lets the call pass,
 tags it or refuses it, keeps an account of every call, and traces each
-401/900421 of Microsoft's back to the integration, its owner, the cause and the fix.`,
+401/900421 of Microsoft's back to the integration, its owner, the cause and the fix.
+
+An environment variable stands for each flag that is not given: PARTNERGUARD_DATA_DIR
+for --data-dir, PARTNERGUARD_CONFIG for --config. Exit codes: 0 done, 1 failed, 2 wrong
+usage or configuration, 3 done and found what the command looks for.`,
 		Example: `  partnerguard demo --for 20s                 see what it does, nothing to set up
   partnerguard serve                          audit on http://127.0.0.1:8080
   partnerguard report --since 7d              which integrations would break, and why`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetIn(e.in)
 	root.SetOut(e.out)
@@ -119,9 +122,8 @@ tags it or refuses it, keeps an account of every call, and traces each
 		newDemo(e), newServe(e), newCheck(e), newExplain(e), newReport(e), newCalls(e),
 		newLedger(e), newEmulate(e), newVersion(e),
 	)
-	for _, c := range append(root.Commands(), root) {
-		strict(c, e)
-	}
+	root.InitDefaultCompletionCmd() // now, so that strict holds for it, too
+	strict(root, e)
 	return root
 }
 
@@ -132,12 +134,23 @@ func strict(c *cobra.Command, e environment) {
 	for _, sub := range c.Commands() {
 		strict(sub, e)
 	}
+	c.SuggestionsMinimumDistance = 2
+	if !c.Runnable() {
+		c.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	}
 	if args := c.Args; args != nil {
 		c.Args = func(cmd *cobra.Command, a []string) error {
-			if err := args(cmd, a); err != nil {
-				return usage(err, "see "+cmd.CommandPath()+" --help")
+			err := args(cmd, a)
+			if err == nil {
+				return nil
 			}
-			return nil
+			hint := "see " + cmd.CommandPath() + " --help"
+			if !cmd.HasSubCommands() {
+				err = fmt.Errorf("unexpected argument %q", a[len(a)-1])
+			} else if like := cmd.SuggestionsFor(a[0]); len(like) > 0 {
+				hint = "did you mean " + strings.Join(like, " or ") + "? " + hint
+			}
+			return usage(err, hint)
 		}
 	}
 	c.PreRunE = func(cmd *cobra.Command, _ []string) error {
@@ -156,7 +169,7 @@ func strict(c *cobra.Command, e environment) {
 
 // dataFlag adds --data-dir; directory finds its value.
 func dataFlag(c *cobra.Command) {
-	c.Flags().String("data-dir", "", "where ledger, store and keys are kept (default: $PARTNERGUARD_DATA_DIR, $STATE_DIRECTORY, else the user's state directory)")
+	c.Flags().String("data-dir", "", "`DIR` where ledger, store and keys are kept (default: $PARTNERGUARD_DATA_DIR, $STATE_DIRECTORY, else the user's state directory)")
 	c.MarkFlagDirname("data-dir")
 }
 

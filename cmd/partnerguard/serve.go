@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"runtime/debug"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/partnerguard/partnerguard/internal/config"
@@ -52,6 +54,7 @@ func serve(c *cobra.Command, e environment) error {
 		return err
 	}
 	tuneMemory(e.env)
+	signal.Ignore(syscall.SIGPIPE) // the guard outlives whoever reads its log
 	log := telemetry.NewCallLog(e.err, isTerminal(e.err))
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
@@ -99,7 +102,7 @@ func configuration(c *cobra.Command) (*config.Config, error) {
 			if errors.As(err, &bad) {
 				return nil, err
 			}
-			return nil, usage(err, "see -c")
+			return nil, usage(err, "-c names the configuration, a YAML file; without it partnerguard serve audits")
 		}
 	}
 	if c.Flags().Lookup("listen") == nil {

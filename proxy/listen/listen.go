@@ -27,6 +27,7 @@ type Server struct {
 	failed   chan error
 	serving  sync.WaitGroup
 	conns    sync.Map // net.Conn → *conn: net/http's state callback knows no contexts
+	inFlight atomic.Int64
 }
 
 // Config is what Open needs. Address and Handler are required.
@@ -117,11 +118,14 @@ func (s *Server) Serve() {
 func (s *Server) Failed() <-chan error { return s.failed }
 
 // Shutdown stops listening and waits for the calls in flight until ctx ends; then
-// it cuts them.
+// it cuts them, and gives their handlers up to two seconds to close the account.
 func (s *Server) Shutdown(ctx context.Context) error {
 	err := s.http.Shutdown(ctx)
 	if err != nil {
 		err = errors.Join(err, s.http.Close())
+		for cut := time.Now(); s.inFlight.Load() > 0 && time.Since(cut) < 2*time.Second; {
+			time.Sleep(5 * time.Millisecond)
+		}
 	}
 	s.listener.Close() // also when Serve never ran
 	s.serving.Wait()
@@ -164,6 +168,8 @@ func (s *Server) counted(h http.Handler) http.Handler {
 		if k, ok := r.Context().Value(connKey{}).(*conn); ok {
 			k.calls.Add(1)
 		}
+		s.inFlight.Add(1)
+		defer s.inFlight.Add(-1)
 		h.ServeHTTP(w, r)
 	})
 }

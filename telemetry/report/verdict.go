@@ -130,7 +130,9 @@ func (p *pair) evidence() []store.Sum {
 			return s.Rejection == string(policy.RejectionMFARequired) && s.Last.After(p.proved)
 		}
 	case WillBreak:
-		is = func(s store.Sum) bool { return withoutMFA(s) && !s.Last.Before(p.verified) && !s.Last.Before(p.unclear) }
+		is = func(s store.Sum) bool {
+			return withoutMFA(s) && !s.Last.Before(p.verified) && !s.Last.Before(p.unclear)
+		}
 	case Unknown:
 		is = func(store.Sum) bool { return true }
 	default:
