@@ -113,7 +113,7 @@ func TestDiagnoseFirstCause(t *testing.T) {
 		{"Graph refuses an app for missing MFA", appOnlyToken, ReasonAppOnly, RejectionMFARequired, "Unauthorized_MissingMFA", "app_only_where_user_needed likely"},
 		{"900420 for the old audience", but(userToken("mfa"), forGraph), ReasonTokenWrongAudience, RejectionAudienceRefused, "900420", "legacy_audience certain"},
 		{"900420 for the old audience, found expired first", but(userToken("mfa"), forGraph), ReasonTokenExpired, RejectionAudienceRefused, "900420", "legacy_audience certain"},
-		{"900420 for a token that nobody can read", opaqueToken, ReasonTokenOpaque, RejectionAudienceRefused, "900420", "wrong_audience likely"},
+		{"900420 for a token that nobody can read", opaqueToken, ReasonTokenOpaque, RejectionAudienceRefused, "900420", "legacy_audience likely"},
 		{"900420 although the audience is right", userToken("mfa"), ReasonMFAPresent, RejectionAudienceRefused, "900420", "wrong_audience likely"},
 		{"a refused token that is expired", but(userToken("mfa"), onlyClaimed), ReasonTokenExpired, RejectionTokenRefused, "", "token_kept_too_long likely"},
 		{"a refused token that verifies", userToken("mfa"), ReasonMFAPresent, RejectionTokenRefused, "800001", "token_refused possible"},
