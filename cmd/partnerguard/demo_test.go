@@ -61,7 +61,7 @@ func TestDemo(t *testing.T) {
 		{emulator.AppFederated, report.WillBreak, "mfa_missing", []string{"federated_idp_without_mfa"}, "likely"},
 		{emulator.AppOnly, report.Ready, "app_only", nil, ""},
 		{emulator.AppExpired, report.Unknown, "token_expired", []string{"token_kept_too_long"}, ""},
-		{emulator.AppWrongAud, report.Unknown, "token_wrong_audience", []string{"wrong_audience"}, "certain"},
+		{emulator.AppWrongAud, report.Unknown, "token_wrong_audience", []string{"legacy_audience"}, ""},
 		{emulator.AppOpaque, report.Unknown, "token_opaque", []string{"generatetoken_exchange"}, "likely"},
 		{emulator.AppIntermittent, report.Breaking, "mfa_missing", nil, ""},
 	} {

@@ -155,6 +155,13 @@ func TestFaultKeysAreUnreachable(t *testing.T) {
 }
 
 func TestFaultLedgerSegmentIsDamaged(t *testing.T) {
+	for name, at := range map[string]float64{"in the header": 0.01, "in the middle": 0.5, "near the end": 0.9} {
+		t.Run(name, func(t *testing.T) { faultInSegment(t, at) })
+	}
+}
+
+// faultInSegment damages a segment at a share of its length.
+func faultInSegment(t *testing.T, at float64) {
 	em := startEmulator(t, emulator.Config{})
 	token := em.Mint(emulator.TokenSpec{})
 	dir := t.TempDir()
@@ -168,7 +175,7 @@ func TestFaultLedgerSegmentIsDamaged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b[len(b)/2] ^= 0x20
+	b[int(at*float64(len(b)))] ^= 0x20
 	if err := os.WriteFile(segment, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -202,6 +209,15 @@ func TestFaultLedgerSegmentIsDamaged(t *testing.T) {
 	lines := ledgerLines(t, dir)
 	if last := lines[len(lines)-1]; last.Call != res.Header.Get("Partnerguard-Call") || last.Status != 200 {
 		t.Errorf("the ledger ends with %+v, want the outcome of the call after the damage", last)
+	}
+	calls := storedCalls(t, dir)
+	if len(calls) != 11 || calls[res.Header.Get("Partnerguard-Call")].Status != 200 {
+		t.Errorf("the store has %d calls, want the 10 before the damage and the one after", len(calls))
+	}
+	for id, c := range calls {
+		if c.Status != 200 || c.Error != "" {
+			t.Errorf("call %s: %d %s; the store knew its outcome", id, c.Status, c.Error)
+		}
 	}
 }
 

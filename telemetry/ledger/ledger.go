@@ -343,6 +343,7 @@ func (l *Ledger) recover() (*walk, error) {
 	if len(nums) > 0 {
 		l.lead.next = nums[len(nums)-1] + 1
 	}
+	var skip uint64 // numbers that what was set aside may have used
 	for i := len(nums) - 1; i >= 0; i-- {
 		w, err := walkSegment(dir, nums[i], nil)
 		if err != nil {
@@ -357,11 +358,13 @@ func (l *Ledger) recover() (*walk, error) {
 			l.lead.aside = append(l.lead.aside, name)
 			l.status.SetAside = append(l.status.SetAside, name)
 			l.status.Err, l.status.ErrTime = errors.New(w.problem.String()), l.cfg.Now()
+			// Views know records by their numbers: none may come twice.
+			skip += uint64(w.size-w.end) / shortestLine
 			if w.end == 0 {
 				continue // nothing of it can be trusted: the chain ends before
 			}
 		}
-		l.lead.num, l.lead.end, l.lead.seq, l.lead.hash = w.num, w.end, w.seq, w.hash
+		l.lead.num, l.lead.end, l.lead.seq, l.lead.hash = w.num, w.end, w.seq+skip, w.hash
 		for id := range w.open {
 			l.open[id] = struct{}{}
 			l.unfinished = append(l.unfinished, unfinished{id, "interrupted"})
@@ -372,8 +375,12 @@ func (l *Ledger) recover() (*walk, error) {
 		}
 		return w, nil
 	}
+	l.lead.seq = skip
 	return nil, nil
 }
+
+// shortestLine is fewer bytes than any line has.
+const shortestLine = 32
 
 // Decide appends the decision of rec. It returns once that is in the segment file,
 // where it survives the death of the process; with Config.SyncAlways once it is on

@@ -128,7 +128,7 @@ func (w *walk) joins(next *walk, rep *Report) *Problem {
 	switch hash, err := decodeHash(h.PrevHash); {
 	case err != nil:
 		return &Problem{next.name, 1, h.N, err.Error()}
-	case h.N > w.seq+1:
+	case h.N > w.seq+1 && len(h.SetAside) == 0: // what is set aside takes its numbers along
 		return &Problem{w.name, w.lines + 1, w.seq + 1, fmt.Sprintf("the end of the segment is missing: records %d to %d; the next one begins with %d", w.seq+1, h.N-1, h.N)}
 	case h.N < w.seq+1:
 		return &Problem{next.name, 1, h.N, fmt.Sprintf("record %d follows record %d of %s", h.N, w.seq, w.name)}
