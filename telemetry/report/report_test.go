@@ -120,7 +120,6 @@ func estate(t *testing.T, calls ...sent) (*store.Reader, map[string]store.Identi
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { l.Close() })
 	s, err := store.Open(store.Config{Dir: dir, Retention: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -146,6 +145,9 @@ func estate(t *testing.T, calls ...sent) (*store.Reader, map[string]store.Identi
 		if err := l.Finish(&c.Record); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := l.Close(); err != nil { // the last outcome may still wait for company
+		t.Fatal(err)
 	}
 	if _, err := s.CatchUp(t.Context()); err != nil {
 		t.Fatal(err)
