@@ -2,94 +2,161 @@ package store
 
 import (
 	"database/sql"
+	"database/sql/driver"
 	"encoding/json"
+	"fmt"
+	"math"
+	"strings"
 	"time"
+
+	"github.com/google/uuid"
 )
 
-// callColumns are the columns of calls behind finish and seq, in the order of
-// appendColumns and scanCall.
-const callColumns = `call, time, instance, generation, listener, peer, method, route, path,
-	query_names, upstream, integration, evidence, owner, customer,
-	kind, verified, tid, app_id, user_ref, uti, iat, exp,
-	amr, mfa, mode, rule, effect, reason, would_reject,
-	request_id, correlation_id, application, user_agent,
-	status, rejection, code, upstream_status, mfa_compliant,
-	upstream_request_id, upstream_correlation_id, bytes_in, bytes_out,
-	duration_ms, upstream_ms, replays, error`
+// callColumns are the columns of calls, in the order of appendRow. A row of them is
+// the larger part of what a call costs, and each column of what a row costs.
+const callColumns = `finish, call, time, dim, detail, path, uti, iat, exp,
+	request_id, correlation_id, upstream_request_id, upstream_correlation_id,
+	bytes_in, bytes_out, duration_us, upstream_us`
 
-func appendColumns(args []any, c *Call) []any {
-	return append(args,
-		c.ID, c.Time.UnixMicro(), nullText(c.Instance), nullInt(c.Generation), nullText(c.Listener), nullText(c.Peer), nullText(c.Method), nullText(c.Route), nullText(c.Path),
-		nullList(c.QueryNames), nullText(c.Upstream), nullText(c.Integration), nullText(c.Evidence), nullText(c.Owner), nullText(c.Customer),
-		nullText(c.Kind), c.Verified, nullText(c.TenantID), nullText(c.AppID), nullText(c.UserRef), nullText(c.UTI), nullInt(c.IssuedAt), nullInt(c.ExpiresAt),
-		nullList(c.AMR), nullText(c.MFA), nullText(c.Mode), nullText(c.Rule), nullText(c.Effect), nullText(c.Reason), c.WouldReject,
-		nullText(c.RequestID), nullText(c.CorrelationID), nullText(c.Application), nullText(c.UserAgent),
-		nullInt(c.Status), nullText(c.Rejection), nullText(c.Code), nullText(c.UpstreamStatus), nullBool(c.MFACompliant),
-		nullText(c.UpstreamRequestID), nullText(c.UpstreamCorrelationID), nullInt(c.BytesIn), nullInt(c.BytesOut),
-		nullFloat(c.DurationMS), nullFloat(c.UpstreamMS), nullInt(c.Replays), nullText(c.Error),
-	)
-}
-
-// scanCall reads finish and callColumns.
-func scanCall(rows *sql.Rows) (Call, error) {
-	var c Call
-	var at int64
-	var compliant sql.NullBool
-	err := rows.Scan(&c.Finish,
-		&c.ID, &at, text(&c.Instance), number(&c.Generation), text(&c.Listener), text(&c.Peer), text(&c.Method), text(&c.Route), text(&c.Path),
-		(*list)(&c.QueryNames), text(&c.Upstream), text(&c.Integration), text(&c.Evidence), text(&c.Owner), text(&c.Customer),
-		text(&c.Kind), &c.Verified, text(&c.TenantID), text(&c.AppID), text(&c.UserRef), text(&c.UTI), number(&c.IssuedAt), number(&c.ExpiresAt),
-		(*list)(&c.AMR), text(&c.MFA), text(&c.Mode), text(&c.Rule), text(&c.Effect), text(&c.Reason), &c.WouldReject,
-		text(&c.RequestID), text(&c.CorrelationID), text(&c.Application), text(&c.UserAgent),
-		number(&c.Status), text(&c.Rejection), text(&c.Code), text(&c.UpstreamStatus), &compliant,
-		text(&c.UpstreamRequestID), text(&c.UpstreamCorrelationID), number(&c.BytesIn), number(&c.BytesOut),
-		(*zeroFloat)(&c.DurationMS), (*zeroFloat)(&c.UpstreamMS), number(&c.Replays), text(&c.Error),
-	)
-	c.Time = time.UnixMicro(at).UTC()
-	if compliant.Valid {
-		c.MFACompliant = &compliant.Bool
+func appendRow(args []driver.NamedValue, c *Call, dim, detail int64) []driver.NamedValue {
+	for _, v := range [...]driver.Value{
+		int64(c.Finish), packID(c.ID), c.Time.UnixMicro(), dim, detail, nullPath(c), nullText(c.UTI), nullInt(c.IssuedAt), nullInt(c.ExpiresAt),
+		packID(c.RequestID), packID(c.CorrelationID), packUpstreamID(c.UpstreamRequestID, c.RequestID), packUpstreamID(c.UpstreamCorrelationID, c.CorrelationID),
+		nullInt(c.BytesIn), nullInt(c.BytesOut), nullInt(micros(c.DurationMS)), nullInt(micros(c.UpstreamMS)),
+	} {
+		args = append(args, driver.NamedValue{Ordinal: len(args) + 1, Value: v})
 	}
-	return c, err
+	return args
 }
+
+// detailColumns are the columns of details behind detail, in the order of
+// detailOf.
+const detailColumns = `instance, generation, listener, peer, method, query_names, upstream, evidence,
+	rule, application, user_agent, upstream_status, replays, error`
+
+func detailOf(c *Call) []any {
+	return []any{nullText(c.Instance), nullInt(c.Generation), nullText(c.Listener), nullText(c.Peer), nullText(c.Method), nullText(listText(c.QueryNames)), nullText(c.Upstream), nullText(c.Evidence),
+		nullText(c.Rule), nullText(c.Application), nullText(c.UserAgent), nullText(c.UpstreamStatus), nullInt(c.Replays), nullText(c.Error)}
+}
+
+// selectCalls reads whole calls, for scanCall. CROSS JOIN is SQLite's word for a
+// join in the order written.
+const selectCalls = "SELECT " + callColumns + ", " + dimColumns + ", " + detailColumns +
+	" FROM calls CROSS JOIN dims USING (dim) CROSS JOIN details USING (detail) "
+
+func scanCall(rows *sql.Rows) (Call, error) {
+	var (
+		c                Call
+		d                Dim
+		at, dim, detail  int64
+		path             sql.NullString
+		request          = idText{to: &c.RequestID}
+		correlation      = idText{to: &c.CorrelationID}
+		upstreamRequest  = idText{to: &c.UpstreamRequestID, client: &c.RequestID}
+		upstreamRelation = idText{to: &c.UpstreamCorrelationID, client: &c.CorrelationID}
+	)
+	into := []any{&c.Finish, idText{to: &c.ID}, &at, &dim, &detail, &path, text(&c.UTI), number(&c.IssuedAt), number(&c.ExpiresAt),
+		request, correlation, upstreamRequest, upstreamRelation,
+		number(&c.BytesIn), number(&c.BytesOut), (*millis)(&c.DurationMS), (*millis)(&c.UpstreamMS)}
+	into = append(into, d.fields()...)
+	into = append(into, text(&c.Instance), number(&c.Generation), text(&c.Listener), text(&c.Peer), text(&c.Method), (*list)(&c.QueryNames), text(&c.Upstream), text(&c.Evidence),
+		text(&c.Rule), text(&c.Application), text(&c.UserAgent), text(&c.UpstreamStatus), number(&c.Replays), text(&c.Error))
+	if err := rows.Scan(into...); err != nil {
+		return Call{}, err
+	}
+	c.Time = time.UnixMicro(at).UTC()
+	d.into(&c)
+	if c.Path = path.String; !path.Valid {
+		c.Path = c.Route
+	}
+	return c, nil
+}
+
+// packID is an id as calls holds it: 16 bytes for a GUID in the form that unpacking
+// gives back, 36 characters in lower case.
+func packID(id string) driver.Value {
+	if id == "" {
+		return nil
+	}
+	if guid, ok := parseGUID(id); ok {
+		return guid[:]
+	}
+	return id
+}
+
+func parseGUID(id string) (guid uuid.UUID, ok bool) {
+	if len(id) != 36 {
+		return guid, false
+	}
+	for i := range len(id) {
+		if 'A' <= id[i] && id[i] <= 'F' {
+			return guid, false
+		}
+	}
+	guid, err := uuid.Parse(id)
+	return guid, err == nil
+}
+
+// packUpstreamID is packID of Microsoft's id, which mostly is the client's.
+func packUpstreamID(id, client string) driver.Value {
+	if id != "" && id == client {
+		return int64(0)
+	}
+	return packID(id)
+}
+
+// idText scans what packID, and with client what packUpstreamID made.
+type idText struct{ to, client *string }
+
+func (t idText) Scan(v any) error {
+	switch v := v.(type) {
+	case nil:
+	case string:
+		*t.to = v
+	case []byte:
+		guid, err := uuid.FromBytes(v)
+		if err != nil {
+			return err
+		}
+		*t.to = guid.String()
+	case int64:
+		if t.client == nil {
+			return fmt.Errorf("%d is no id", v)
+		}
+		*t.to = *t.client
+	default:
+		return fmt.Errorf("%T is no id", v)
+	}
+	return nil
+}
+
+func nullPath(c *Call) driver.Value {
+	if c.Path == c.Route {
+		return nil
+	}
+	return c.Path
+}
+
+// micros is a duration of the ledger's, which has three decimals, as a whole number.
+func micros(ms float64) int64 { return int64(math.Round(ms * 1000)) }
 
 // What is not known is NULL in the database and the zero value in a Call.
 
-func nullText(s string) any {
+func nullText(s string) driver.Value {
 	if s == "" {
 		return nil
 	}
 	return s
 }
 
-func nullInt(n int64) any {
+func nullInt(n int64) driver.Value {
 	if n == 0 {
 		return nil
 	}
 	return n
 }
 
-func nullFloat(f float64) any {
-	if f == 0 {
-		return nil
-	}
-	return f
-}
-
-func nullBool(b *bool) any {
-	if b == nil {
-		return nil
-	}
-	return *b
-}
-
-// nullList is list as a JSON array.
-func nullList(list []string) any {
-	if len(list) == 0 {
-		return nil
-	}
-	return listText(list)
-}
-
+// listText is list as a JSON array.
 func listText(list []string) string {
 	if len(list) == 0 {
 		return ""
@@ -123,12 +190,13 @@ func (i *zeroInt) Scan(v any) error {
 	return err
 }
 
-type zeroFloat float64
+// millis scans whole microseconds.
+type millis float64
 
-func (f *zeroFloat) Scan(v any) error {
-	var n sql.NullFloat64
+func (f *millis) Scan(v any) error {
+	var n sql.NullInt64
 	err := n.Scan(v)
-	*f = zeroFloat(n.Float64)
+	*f = millis(float64(n.Int64) / 1000)
 	return err
 }
 
@@ -141,3 +209,6 @@ func (l *list) Scan(v any) error {
 	}
 	return json.Unmarshal([]byte(n.String), (*[]string)(l))
 }
+
+// marks are n parameters of a statement.
+func marks(n int) string { return "?" + strings.Repeat(", ?", n-1) }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"slices"
 	"strconv"
@@ -187,21 +188,20 @@ func (r *Reader) Calls(ctx context.Context, f Filter, yield func(Call) error) er
 	if err != nil {
 		return err
 	}
-	after, left := f.AfterFinish, f.Limit
-	if f.Limit > 0 && f.AfterFinish == 0 {
-		// The latest: begin before as many from the end.
-		err := r.db.QueryRowContext(ctx, "SELECT coalesce(min(finish), 1) - 1 FROM (SELECT finish FROM calls WHERE "+q.where()+" ORDER BY finish DESC LIMIT ?)",
-			append(slices.Clone(q.args), f.Limit)...).Scan(&after)
-		if err != nil {
-			return r.fail(err)
-		}
+	parts, err := r.plan(ctx, q, f)
+	if err == nil && f.Limit > 0 && f.AfterFinish == 0 {
+		err = r.latest(ctx, q, parts, f.Limit)
 	}
-	for {
-		n := page
-		if f.Limit > 0 {
-			n = min(n, left)
-		}
-		calls, open, err := r.page(ctx, q, after, n, f.Limit > 0 && n == left, !f.EndedOnly)
+	if err != nil {
+		return r.fail(err)
+	}
+	left := math.MaxInt
+	if f.Limit > 0 {
+		left = f.Limit
+	}
+	for len(parts) > 0 {
+		n := min(page, left)
+		calls, open, err := r.page(ctx, q, parts[0], n, len(parts) == 1 && n == left, len(parts) == 1 && !f.EndedOnly)
 		if err != nil {
 			return r.fail(err)
 		}
@@ -210,11 +210,18 @@ func (r *Reader) Calls(ctx context.Context, f Filter, yield func(Call) error) er
 				return err
 			}
 		}
-		if left -= len(calls); len(calls) < n || f.Limit > 0 && left == 0 {
-			return nil
+		switch left -= len(calls); {
+		case len(calls) < n || left == 0 && len(parts) == 1:
+			parts = parts[1:]
+		case left == 0: // the open ones are left
+			parts = parts[len(parts)-1:]
+			parts[0].low = endless
+			left = 1
+		default:
+			parts[0].low = int64(calls[n-1].Finish) + 1
 		}
-		after = calls[len(calls)-1].Finish
 	}
+	return nil
 }
 
 // OpenCalls returns the calls that have no outcome yet, as they began.
@@ -223,23 +230,108 @@ func (r *Reader) OpenCalls(ctx context.Context) ([]Call, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, open, err := r.page(ctx, q, 0, 0, true, true)
+	_, open, err := r.page(ctx, q, part{span: span{endless, endless}}, 0, true, true)
 	if err != nil {
 		return nil, r.fail(err)
 	}
 	return open, nil
 }
 
-// page reads up to n calls that ended after a Finish. With the last page, which last
-// says or a short page shows, come the open ones as of the same moment, if wanted.
-func (r *Reader) page(ctx context.Context, q *query, after uint64, n int, last, wantOpen bool) (calls, open []Call, err error) {
+// part is a part of calls to look through: a span of finishes, and if only is not
+// empty, those of them that it holds, a JSON array.
+type part struct {
+	span
+	only string
+}
+
+// where is the condition of q on a row in p.
+func (p part) where(q *query) (cond string, args []any) {
+	cond, args = "finish BETWEEN ? AND ?", []any{p.low, p.high}
+	if p.only != "" {
+		cond, args = cond+" AND finish IN (SELECT value FROM json_each(?))", append(args, p.only)
+	}
+	for _, c := range q.conds {
+		cond += " AND " + c
+	}
+	args = append(args, q.args...)
+	if len(q.dims) > 0 {
+		cond, args = cond+" AND "+dimIn(q.dims), append(args, q.dimArgs...)
+	}
+	return cond, args
+}
+
+// plan returns where the calls can be that q selects, in order. The last part holds
+// the calls that are not folded, or were not when plan was called: calls that end
+// meanwhile are found there.
+func (r *Reader) plan(ctx context.Context, q *query, f Filter) ([]part, error) {
+	tx, err := r.db.BeginTx(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer tx.Rollback()
+	var folded int64
+	if err := tx.QueryRowContext(ctx, "SELECT folded FROM position").Scan(&folded); err != nil {
+		return nil, err
+	}
+	var parts []part
+	switch {
+	case len(q.ids) > 0:
+		found, err := findID(ctx, tx, q.ids[0])
+		if err != nil {
+			return nil, err
+		}
+		for some := range slices.Chunk(found, page) {
+			parts = append(parts, part{span{some[0], some[len(some)-1]}, jsonNumbers(some)})
+		}
+	case len(q.dims) > 0 || !f.Since.IsZero() || !f.Until.IsZero():
+		low, high := hourRange(f.Since, f.Until)
+		spans, err := findSpans(ctx, tx, low, high, q.dims, q.dimArgs)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range spans {
+			parts = append(parts, part{span: span{s.low, min(s.high, folded)}})
+		}
+	default:
+		parts = append(parts, part{span: span{0, folded}})
+	}
+	parts = append(parts, part{span: span{folded + 1, endless}})
+	for i := range parts {
+		parts[i].low = max(parts[i].low, int64(f.AfterFinish)+1)
+	}
+	return parts, nil
+}
+
+// latest makes parts begin with the latest n calls of theirs.
+func (r *Reader) latest(ctx context.Context, q *query, parts []part, n int) error {
+	for i := len(parts) - 1; i >= 0; i-- {
+		if n == 0 {
+			parts[i].low = endless
+			continue
+		}
+		cond, args := parts[i].where(q)
+		var first, found int64
+		err := r.db.QueryRowContext(ctx, "SELECT coalesce(min(finish), 0), count(*) FROM (SELECT finish FROM calls WHERE "+cond+" ORDER BY finish DESC LIMIT ?)",
+			append(args, n)...).Scan(&first, &found)
+		if err != nil {
+			return err
+		}
+		parts[i].low = max(parts[i].low, first)
+		n -= int(found)
+	}
+	return nil
+}
+
+// page reads up to n calls of a part. With its last page, which last says or a short
+// page shows, come the open ones as of the same moment, if wanted.
+func (r *Reader) page(ctx context.Context, q *query, p part, n int, last, wantOpen bool) (calls, open []Call, err error) {
 	tx, err := r.db.BeginTx(ctx, nil)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer tx.Rollback()
-	rows, err := tx.QueryContext(ctx, "SELECT finish, "+callColumns+" FROM calls WHERE "+q.where()+" AND finish > ? ORDER BY finish LIMIT ?",
-		append(slices.Clone(q.args), int64(after), n)...)
+	cond, args := p.where(q)
+	rows, err := tx.QueryContext(ctx, selectCalls+"WHERE "+cond+" ORDER BY finish LIMIT ?", append(args, n)...)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -278,20 +370,20 @@ func (r *Reader) page(ctx context.Context, q *query, after uint64, n int, last, 
 // query is a Filter as SQL for calls that ended, and as Go for the few that are
 // open.
 type query struct {
-	conds []string
-	args  []any
-	tests []func(*Call) bool
+	conds   []string // on calls
+	args    []any
+	dims    []string // on dims
+	dimArgs []any
+	ids     []string // that the calls have
+	tests   []func(*Call) bool
 }
 
 func (q *query) add(test func(*Call) bool, cond string, args ...any) {
 	q.conds, q.args, q.tests = append(q.conds, cond), append(q.args, args...), append(q.tests, test)
 }
 
-func (q *query) where() string {
-	if len(q.conds) == 0 {
-		return "true"
-	}
-	return strings.Join(q.conds, " AND ")
+func (q *query) addDim(test func(*Call) bool, cond string, args ...any) {
+	q.dims, q.dimArgs, q.tests = append(q.dims, cond), append(q.dimArgs, args...), append(q.tests, test)
 }
 
 func (q *query) matches(c *Call) bool {
@@ -307,40 +399,28 @@ func (r *Reader) query(f Filter) (*query, error) {
 	q := &query{}
 	if !f.Since.IsZero() {
 		since := f.Since.UTC()
-		q.add(func(c *Call) bool { return !c.Time.Before(since) },
-			"finish >= (SELECT min(low) FROM hours WHERE hour >= ?) AND time >= ?", hourOf(since), ceilMicro(since))
+		q.add(func(c *Call) bool { return !c.Time.Before(since) }, "time >= ?", ceilMicro(since))
 	}
 	if !f.Until.IsZero() {
 		until := f.Until.UTC()
-		q.add(func(c *Call) bool { return c.Time.Before(until) },
-			"finish <= (SELECT max(high) FROM hours WHERE hour <= ?) AND time < ?", hourOf(until), ceilMicro(until))
+		q.add(func(c *Call) bool { return c.Time.Before(until) }, "time < ?", ceilMicro(until))
 	}
 	equal := func(column, want string, of func(*Call) string) {
 		if want != "" {
-			q.add(func(c *Call) bool { return of(c) == want }, column+" = ?", want)
+			q.addDim(func(c *Call) bool { return of(c) == want }, column+" = ?", want)
 		}
 	}
 	equal("integration", f.Integration, func(c *Call) string { return c.Integration })
 	equal("app_id", strings.ToLower(f.App), func(c *Call) string { return c.AppID })
 	equal("customer", strings.ToLower(f.Customer), func(c *Call) string { return c.Customer })
 	equal("reason", f.Reason, func(c *Call) string { return c.Reason })
-	equal("call", strings.ToLower(f.Call), func(c *Call) string { return c.ID })
 	if f.Status != "" {
 		low, high, err := ParseStatus(f.Status)
 		if err != nil {
 			return nil, err
 		}
-		q.add(func(*Call) bool { return false }, "status BETWEEN ? AND ?", low, high)
+		q.addDim(func(*Call) bool { return false }, "status BETWEEN ? AND ?", low, high)
 	}
-	byID := func(column, want string, of func(*Call) string) {
-		if want != "" {
-			q.add(func(c *Call) bool { return strings.EqualFold(of(c), want) },
-				"finish IN (SELECT finish FROM hours JOIN ids USING (hour) WHERE hash = ?) AND ("+column+" = ? COLLATE NOCASE OR upstream_"+column+" = ? COLLATE NOCASE)",
-				idHash(want), want, want)
-		}
-	}
-	byID("request_id", f.RequestID, func(c *Call) string { return c.RequestID })
-	byID("correlation_id", f.CorrelationID, func(c *Call) string { return c.CorrelationID })
 	if f.User != "" {
 		refs, err := r.userRefs(f.User)
 		if err != nil {
@@ -350,9 +430,23 @@ func (r *Reader) query(f Filter) (*query, error) {
 		for i, ref := range refs {
 			args[i] = ref
 		}
-		q.add(func(c *Call) bool { return slices.Contains(refs, c.UserRef) },
-			"user_ref IN (?"+strings.Repeat(", ?", len(refs)-1)+")", args...)
+		q.addDim(func(c *Call) bool { return slices.Contains(refs, c.UserRef) }, "user_ref IN ("+marks(len(refs))+")", args...)
 	}
+	if call := strings.ToLower(f.Call); call != "" {
+		q.ids = append(q.ids, call)
+		q.add(func(c *Call) bool { return c.ID == call }, "call = ?", packID(call))
+	}
+	byID := func(column, want string, of func(*Call) string) {
+		if want != "" {
+			q.ids = append(q.ids, want)
+			packed := packID(strings.ToLower(want))
+			q.add(func(c *Call) bool { return strings.EqualFold(of(c), want) },
+				"("+column+" = ? OR upstream_"+column+" = ? OR "+column+" = ? COLLATE NOCASE OR upstream_"+column+" = ? COLLATE NOCASE)",
+				packed, packed, want, want)
+		}
+	}
+	byID("request_id", f.RequestID, func(c *Call) string { return c.RequestID })
+	byID("correlation_id", f.CorrelationID, func(c *Call) string { return c.CorrelationID })
 	return q, nil
 }
 

@@ -14,71 +14,78 @@ import (
 
 // schemaVersion stands in PRAGMA user_version. An older database is rebuilt from
 // the ledger, a newer one refused.
-const schemaVersion = 1
+const schemaVersion = 2
 
 // applicationID stands in PRAGMA application_id, so that file(1) and this program
 // know the database: "PGst".
 const applicationID = 0x50477374
 
-// The schema. Times are microseconds since 1970, hours are hours since 1970.
+// The schema. Times are microseconds since 1970, hours are hours since 1970. What
+// is not known is NULL in calls.
 //
-// calls has its rows in the order in which calls ended, so that every insertion is
-// at the end and a follower needs only the last finish. Its indexes hold finish,
-// too, by being SQLite's row id. hours leads from a time to the rows of it; this
-// and the ids sorted into hours keep random ids (two GUIDs a call) from touching
-// pages all over a large file.
+// A call costs one narrow row as it ends, behind all others: what repeats stands in
+// dims and details. All else is derived from the rows, for some thousand calls at a
+// time (folded), since a row in an index costs as much as a row in calls. A query
+// asks what is folded and scans the rows behind position.folded.
 const schema = `
+-- The calls that ended. Ids are 16 bytes when they are GUIDs as this program writes
+-- them, else text; Microsoft's are 0 when they are the client's. path is NULL when
+-- it is the route.
 CREATE TABLE calls (
 	finish INTEGER PRIMARY KEY,
-	seq INTEGER,
-	call TEXT NOT NULL,
+	call NOT NULL,
 	time INTEGER NOT NULL,
-	instance TEXT, generation INTEGER, listener TEXT, peer TEXT, method TEXT, route TEXT, path TEXT,
-	query_names TEXT, upstream TEXT, integration TEXT, evidence TEXT, owner TEXT, customer TEXT,
-	kind TEXT, verified INTEGER NOT NULL, tid TEXT, app_id TEXT, user_ref TEXT, uti TEXT, iat INTEGER, exp INTEGER,
-	amr TEXT, mfa TEXT, mode TEXT, rule TEXT, effect TEXT, reason TEXT, would_reject INTEGER NOT NULL,
-	request_id TEXT, correlation_id TEXT, application TEXT, user_agent TEXT,
-	status INTEGER, rejection TEXT, code TEXT, upstream_status TEXT, mfa_compliant INTEGER,
-	upstream_request_id TEXT, upstream_correlation_id TEXT, bytes_in INTEGER, bytes_out INTEGER,
-	duration_ms REAL, upstream_ms REAL, replays INTEGER, error TEXT
+	dim INTEGER NOT NULL,
+	detail INTEGER NOT NULL,
+	path TEXT, uti TEXT, iat INTEGER, exp INTEGER,
+	request_id, correlation_id, upstream_request_id, upstream_correlation_id,
+	bytes_in INTEGER, bytes_out INTEGER, duration_us INTEGER, upstream_us INTEGER
 );
-CREATE INDEX calls_call ON calls (call);
-CREATE INDEX calls_integration ON calls (integration);
-CREATE INDEX calls_user_ref ON calls (user_ref) WHERE user_ref IS NOT NULL;
 
--- The finish of the calls that began in an hour lies between low and high.
-CREATE TABLE hours (hour INTEGER PRIMARY KEY, low INTEGER NOT NULL, high INTEGER NOT NULL);
-
--- Request and correlation ids, by hash, of the calls that began in an hour.
-CREATE TABLE ids (hour INTEGER, hash INTEGER, finish INTEGER, PRIMARY KEY (hour, hash, finish)) WITHOUT ROWID;
-
--- Decisions without outcome so far, as the ledger has them.
-CREATE TABLE open (call TEXT PRIMARY KEY, seq INTEGER NOT NULL, line TEXT NOT NULL) WITHOUT ROWID;
-
--- What the calls of a sum have in common; dim is a hash of the rest.
+-- What the calls of a sum have in common. hash is that of the rest; hour is the
+-- last one folded with such a call.
 CREATE TABLE dims (
-	dim BLOB PRIMARY KEY,
+	dim INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, hour INTEGER NOT NULL,
 	integration TEXT NOT NULL, owner TEXT NOT NULL, tid TEXT NOT NULL, app_id TEXT NOT NULL, user_ref TEXT NOT NULL,
 	kind TEXT NOT NULL, verified INTEGER NOT NULL, customer TEXT NOT NULL, route TEXT NOT NULL, mode TEXT NOT NULL,
 	effect TEXT NOT NULL, reason TEXT NOT NULL, would_reject INTEGER NOT NULL, status INTEGER NOT NULL,
 	rejection TEXT NOT NULL, code TEXT NOT NULL, mfa TEXT NOT NULL, mfa_compliant TEXT NOT NULL, amr TEXT NOT NULL
-) WITHOUT ROWID;
+);
+
+-- What else repeats, by the hour in which the calls began: detail / 2^32.
+CREATE TABLE details (
+	detail INTEGER PRIMARY KEY,
+	instance TEXT, generation INTEGER, listener TEXT, peer TEXT, method TEXT, query_names TEXT, upstream TEXT, evidence TEXT,
+	rule TEXT, application TEXT, user_agent TEXT, upstream_status TEXT, replays INTEGER, error TEXT
+);
+
+-- The folded calls that began in an hour: by what they have in common, and between
+-- which finishes they lie.
 CREATE TABLE sums (
-	hour INTEGER, dim BLOB, calls INTEGER NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
+	hour INTEGER, dim INTEGER, calls INTEGER NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
 	PRIMARY KEY (hour, dim)
 ) WITHOUT ROWID;
+CREATE TABLE hours (hour INTEGER PRIMARY KEY, low INTEGER NOT NULL, high INTEGER NOT NULL);
+
+-- The ids of the folded calls: see idIndex.
+CREATE TABLE ids (run INTEGER PRIMARY KEY, entries BLOB NOT NULL);
+
+-- Decisions without outcome so far, as the ledger has them.
+CREATE TABLE open (call TEXT PRIMARY KEY, seq INTEGER NOT NULL, line TEXT NOT NULL) WITHOUT ROWID;
 
 -- Records that the ledger could not take.
 CREATE TABLE gaps (seq INTEGER PRIMARY KEY, calls INTEGER NOT NULL, outcomes INTEGER NOT NULL, since INTEGER NOT NULL, until INTEGER NOT NULL, cause TEXT NOT NULL);
 
--- How far the ledger is in here: one row, written with the rows it accounts for.
-CREATE TABLE position (one INTEGER PRIMARY KEY CHECK (one = 1), segment INTEGER NOT NULL, offset INTEGER NOT NULL, seq INTEGER NOT NULL, newest INTEGER NOT NULL);
-INSERT INTO position VALUES (1, 0, 0, 0, 0);
+-- How far the ledger is in here, and up to which finish the calls are folded: one
+-- row, written with the rows it accounts for.
+CREATE TABLE position (one INTEGER PRIMARY KEY CHECK (one = 1), segment INTEGER NOT NULL, offset INTEGER NOT NULL, seq INTEGER NOT NULL, newest INTEGER NOT NULL, folded INTEGER NOT NULL);
+INSERT INTO position VALUES (1, 0, 0, 0, 0, 0);
 `
 
 var (
 	errOutdated = errors.New("the store's schema is of an older version")
 	errForeign  = errors.New("it is a database of something else")
+	errBusy     = errors.New("another process holds the database")
 )
 
 // openWriter opens the database at path for writing, and creates it if there is
@@ -99,13 +106,14 @@ func openWriter(path string) (*writer, error) {
 		// position goes with them, so they are read from the ledger again.
 		"synchronous(normal)",
 		"cache_size(-16384)", // KiB
-		"wal_autocheckpoint(4000)",
+		// SQLite writes a checkpoint without a pause: a small log keeps that short.
+		"wal_autocheckpoint(1000)",
 		"journal_size_limit(67108864)",
 	)
 	if err != nil {
 		return nil, err
 	}
-	w := &writer{db: db}
+	w := &writer{db: db, pace: atOnce, foldAt: foldCalls}
 	if err := w.init(); err != nil {
 		w.close()
 		return nil, fmt.Errorf("open store %s: %w", path, err)
@@ -157,13 +165,11 @@ func damaged(err error) bool {
 	if errors.Is(err, errForeign) {
 		return true
 	}
+	return is(err, sqlite3.SQLITE_CORRUPT) || is(err, sqlite3.SQLITE_NOTADB)
+}
+
+// is reports whether err has a code of SQLite's.
+func is(err error, code int) bool {
 	var e *sqlite.Error
-	if !errors.As(err, &e) {
-		return false
-	}
-	switch e.Code() & 0xff { // without the extended part
-	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
-		return true
-	}
-	return false
+	return errors.As(err, &e) && e.Code()&0xff == code // without the extended part
 }

@@ -90,8 +90,8 @@ type Status struct {
 
 const (
 	pollInterval  = 100 * time.Millisecond // of the ledger when nobody notifies
-	settleTime    = 25 * time.Millisecond  // after a Notify, so that busy times make large batches
-	batchSize     = 2000                   // ledger lines a transaction: about 1,000 calls
+	settleTime    = 200 * time.Millisecond // between looks, so that busy times make large batches
+	batchSize     = 4000                   // ledger lines a transaction at most: about 2,000 calls
 	pruneInterval = time.Hour
 	retryMin      = 100 * time.Millisecond
 	retryMax      = 5 * time.Second
@@ -189,7 +189,7 @@ func (s *Store) setAside(path string) (string, error) {
 func (s *Store) Follow(ctx context.Context) error {
 	retry := retryMin
 	for ctx.Err() == nil {
-		_, eof, err := s.step()
+		_, eof, err := s.step(new(pacer).pause)
 		if errors.Is(err, errClosed) {
 			return err
 		}
@@ -200,13 +200,43 @@ func (s *Store) Follow(ctx context.Context) error {
 		case eof:
 			retry = retryMin
 			pause(ctx, settleTime, nil)
-			pause(ctx, pollInterval-settleTime, s.wake)
+			pause(ctx, pollInterval, s.wake)
 		default:
 			retry = retryMin
 		}
 	}
 	return nil
 }
+
+// pacer divides the work of Follow into slices. With one processor a call must wait
+// for the slice to end, and Go looks for news from the network only when nothing
+// else is to be done: yielding is not enough, sleeping is.
+type pacer struct {
+	calls int
+	since time.Time // when the slice began
+}
+
+const (
+	sliceWork = 500 * time.Microsecond
+	sliceRest = 1500 * time.Microsecond // so that Follow never takes more than a quarter of a processor
+)
+
+func (p *pacer) pause() {
+	if p.calls++; p.calls%8 != 0 {
+		return
+	}
+	now := time.Now()
+	if p.since.IsZero() {
+		p.since = now
+	}
+	if now.Sub(p.since) >= sliceWork {
+		time.Sleep(sliceRest)
+		p.since = time.Now()
+	}
+}
+
+// atOnce is no pace.
+func atOnce() {}
 
 // pause waits for d, ctx or wake, whatever comes first.
 func pause(ctx context.Context, d time.Duration, wake <-chan struct{}) {
@@ -220,7 +250,7 @@ func pause(ctx context.Context, d time.Duration, wake <-chan struct{}) {
 }
 
 // Notify tells Follow that the ledger has grown. It never blocks. Follow looks by
-// itself, too, ten times a second.
+// itself, too, some three times a second.
 func (s *Store) Notify() {
 	select {
 	case s.wake <- struct{}{}:
@@ -236,7 +266,7 @@ func (s *Store) CatchUp(ctx context.Context) (int, error) {
 		if err := ctx.Err(); err != nil {
 			return total, err
 		}
-		n, eof, err := s.step()
+		n, eof, err := s.step(atOnce)
 		total += n
 		if err != nil || eof {
 			return total, err
@@ -248,15 +278,15 @@ var errClosed = errors.New("store is closed")
 
 // step reads one batch of records into the database. eof says that the ledger's
 // end was reached. After an error the next step begins where the last good one
-// ended.
-func (s *Store) step() (n int, eof bool, err error) {
+// ended. pace is called within.
+func (s *Store) step(pace func()) (n int, eof bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return 0, false, errClosed
 	}
 	before := *s.status.Load()
-	n, bad, eof, err := s.batch()
+	n, bad, eof, err := s.batch(pace)
 	now := Status{CaughtUp: eof, BadRecords: before.BadRecords + bad}
 	if err != nil {
 		err = s.recover(err)
@@ -283,12 +313,13 @@ func (s *Store) publish(st Status) {
 	s.status.Store(&st)
 }
 
-func (s *Store) batch() (n int, bad int64, eof bool, err error) {
+func (s *Store) batch(pace func()) (n int, bad int64, eof bool, err error) {
 	if s.w == nil {
 		if err := s.open(); err != nil {
 			return 0, 0, false, err
 		}
 	}
+	s.w.pace = pace
 	if s.source == nil {
 		if s.source, err = s.cfg.Source(s.w.position); err != nil {
 			return 0, 0, false, err
@@ -303,27 +334,34 @@ func (s *Store) batch() (n int, bad int64, eof bool, err error) {
 			s.pruned = now
 		}
 	}
-	b := s.w.begin()
+	var b *batch
 	for n < batchSize && !eof {
 		e, err := s.source.Next()
 		var damage *ledger.DamageError
 		switch {
 		case errors.Is(err, io.EOF):
 			eof = true
+			continue
 		case errors.As(err, &damage):
 			bad++
 			s.cfg.Event(Event{BadRecord, damage.Segment, err})
+			continue
 		case err != nil:
 			return 0, bad, false, err
-		default:
-			n++
-			if err := b.add(e); err != nil {
-				bad++
-				s.cfg.Event(Event{BadRecord, "", fmt.Errorf("read ledger record %d: %w", e.Seq, err)})
+		}
+		if b == nil {
+			if b, err = s.w.begin(); err != nil {
+				return 0, bad, false, err
 			}
 		}
+		n++
+		pace()
+		if err := b.add(e); err != nil {
+			bad++
+			s.cfg.Event(Event{BadRecord, "", fmt.Errorf("read ledger record %d: %w", e.Seq, err)})
+		}
 	}
-	if n == 0 {
+	if b == nil {
 		return 0, bad, eof, nil
 	}
 	if err := b.commit(); err != nil {
@@ -339,7 +377,7 @@ func (s *Store) recover(err error) error {
 		s.source.Close()
 		s.source = nil
 	}
-	if s.w == nil {
+	if s.w == nil || errors.Is(err, errBusy) {
 		return err
 	}
 	s.w.close()
@@ -447,7 +485,7 @@ func (s *Store) readAll(ctx context.Context, progress func(int)) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		n, _, eof, err := s.batch()
+		n, _, eof, err := s.batch(atOnce)
 		if err != nil {
 			return err
 		}

@@ -254,10 +254,11 @@ func TestEachCallEndsOnce(t *testing.T) {
 		}, 0, 0, 0, nil},
 	}
 	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
+		onBothSidesOfTheFold(t, tt.name, func(t *testing.T, foldAt int) {
 			j, dir := &journal{}, t.TempDir()
 			tt.write(j)
 			s := openTest(t, dir, j, nil)
+			s.w.foldAt = foldAt
 			catchUp(t, s)
 			r := openReader(t, dir)
 			var ended, open, summed int64
@@ -287,6 +288,13 @@ func TestEachCallEndsOnce(t *testing.T) {
 	}
 }
 
+// onBothSidesOfTheFold runs a test with calls that are folded as they come, and with
+// calls that are not.
+func onBothSidesOfTheFold(t *testing.T, name string, run func(t *testing.T, foldAt int)) {
+	t.Run(name, func(t *testing.T) { run(t, foldCalls) })
+	t.Run(name+", folded", func(t *testing.T) { run(t, 1) })
+}
+
 // sample is a journal in which calls overlap.
 func sample() *journal {
 	j := &journal{}
@@ -311,17 +319,22 @@ func TestARestartAnywhereCountsEachLineOnce(t *testing.T) {
 	whole := t.TempDir()
 	catchUp(t, openTest(t, whole, j, nil))
 	want := content(t, whole)
-	for cut := range len(j.entries) + 1 {
-		dir := t.TempDir()
-		s := openTest(t, dir, j.upTo(cut), nil)
-		first := catchUp(t, s)
-		s.Close()
-		second := catchUp(t, openTest(t, dir, j, nil))
-		if first+second != len(j.entries) {
-			t.Errorf("restart after line %d: %d + %d lines read, want %d in all", cut, first, second, len(j.entries))
-		}
-		if diff := cmp.Diff(want, content(t, dir)); diff != "" {
-			t.Errorf("restart after line %d (-without +with):\n%s", cut, diff)
+	for _, foldAt := range []int{1, 2, 3, foldCalls} {
+		for cut := range len(j.entries) + 1 {
+			dir := t.TempDir()
+			s := openTest(t, dir, j.upTo(cut), nil)
+			s.w.foldAt = foldAt
+			first := catchUp(t, s)
+			s.Close()
+			s = openTest(t, dir, j, nil)
+			s.w.foldAt = foldAt
+			second := catchUp(t, s)
+			if first+second != len(j.entries) {
+				t.Errorf("restart after line %d: %d + %d lines read, want %d in all", cut, first, second, len(j.entries))
+			}
+			if diff := cmp.Diff(want, content(t, dir)); diff != "" {
+				t.Errorf("restart after line %d, %d calls a fold (-without +with):\n%s", cut, foldAt, diff)
+			}
 		}
 	}
 }
@@ -566,7 +579,7 @@ func TestOpenRefusesWithAWayOut(t *testing.T) {
 		}
 		db.Close()
 		_, err = Open(Config{Dir: dir})
-		if err == nil || !strings.Contains(err.Error(), "its schema has version 99, this program knows 1") || hint(err) == "" {
+		if err == nil || !strings.Contains(err.Error(), "its schema has version 99, this program knows 2") || hint(err) == "" {
 			t.Errorf("Open = %v, hint %q", err, hint(err))
 		}
 		if _, err := OpenReader(dir); err == nil || hint(err) == "" {
@@ -682,6 +695,10 @@ func TestLag(t *testing.T) {
 }
 
 func TestRetentionRemovesCallsAndHours(t *testing.T) {
+	onBothSidesOfTheFold(t, "retention", testRetention)
+}
+
+func testRetention(t *testing.T, foldAt int) {
 	j, dir := &journal{}, t.TempDir()
 	for i := range 2600 { // one a minute: almost two days
 		r := callAt(i)
@@ -698,6 +715,7 @@ func TestRetentionRemovesCallsAndHours(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
+	s.w.foldAt = foldAt
 	for range 4 {
 		now = now.Add(time.Hour) // the time for the next look
 		catchUp(t, s)
@@ -715,12 +733,16 @@ func TestRetentionRemovesCallsAndHours(t *testing.T) {
 	if len(calls) == 0 || int64(len(calls)) != summed || calls[0].Time.Before(oldest) || calls[0].Time.After(oldest.Add(time.Minute)) {
 		t.Errorf("%d calls are left from %v on and %d summed; want those since %v", len(calls), calls[0].Time, summed, oldest)
 	}
-	var ids, dims int
-	if err := r.db.QueryRow("SELECT count(*) FROM ids").Scan(&ids); err != nil || ids != len(calls) {
-		t.Errorf("%d ids for %d calls, %v", ids, len(calls), err)
-	}
-	if err := r.db.QueryRow("SELECT count(*) FROM dims").Scan(&dims); err != nil || dims != 1 {
-		t.Errorf("%d dims, %v; want 1", dims, err)
+	// What was folded before the oldest call ended may go only with its whole run.
+	for query, want := range map[string]int{
+		"SELECT count(*) FROM dims": 1,
+		"SELECT count(*) FROM details WHERE detail NOT IN (SELECT detail FROM calls)":             0,
+		"SELECT count(*) FROM ids WHERE (run & 0xffffffffffff) < (SELECT min(finish) FROM calls)": 0,
+	} {
+		var n int
+		if err := r.db.QueryRow(query).Scan(&n); err != nil || n != want {
+			t.Errorf("%s = %d, %v; want %d", query, n, err, want)
+		}
 	}
 	if got := readCalls(t, r, Filter{RequestID: "request-2599"}); len(got) != 1 {
 		t.Errorf("the newest call is found %d times by its request id", len(got))
@@ -764,6 +786,13 @@ func TestFilters(t *testing.T) {
 	open.Integration, open.CorrelationID = "crm", "other"
 	j.decide(open)
 	catchUp(t, openTest(t, dir, j, nil))
+	folded := t.TempDir()
+	s := openTest(t, folded, j, nil)
+	for n := range j.entries { // a fold a call
+		s.w.foldAt = 1
+		s.source = &cursor{j.upTo(n + 1), int64(n)}
+		catchUp(t, s)
+	}
 	r := openReader(t, dir)
 	first := callAt(0).Call.String()
 	tests := []struct {
@@ -802,7 +831,11 @@ func TestFilters(t *testing.T) {
 		{"hostile text", Filter{Integration: "' OR 1=1 --"}, ""},
 	}
 	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
+		onBothSidesOfTheFold(t, tt.name, func(t *testing.T, foldAt int) {
+			r := r
+			if foldAt == 1 {
+				r = openReader(t, folded)
+			}
 			var got []string
 			for _, c := range readCalls(t, r, tt.f) {
 				got = append(got, fmt.Sprint(int(c.Time.Sub(start).Minutes())))
@@ -823,59 +856,134 @@ func TestFilters(t *testing.T) {
 
 func TestCallsComePageByPage(t *testing.T) {
 	const n = 2*page + 10
-	j, dir := &journal{}, t.TempDir()
+	j := &journal{}
 	for i := range n {
 		r := callAt(i)
 		r.Call[14] = byte(i >> 8)
 		j.call(r)
 	}
 	j.decide(callAt(9000))
-	catchUp(t, openTest(t, dir, j, nil))
-	r := openReader(t, dir)
+	onBothSidesOfTheFold(t, "all", func(t *testing.T, foldAt int) {
+		dir := t.TempDir()
+		s := openTest(t, dir, j, nil)
+		s.w.foldAt = foldAt
+		catchUp(t, s)
+		testPages(t, openReader(t, dir), n)
+	})
+}
+
+func testPages(t *testing.T, r *Reader, n int) {
 	for _, tt := range []struct{ limit, want int }{{0, n + 1}, {page, page + 1}, {2 * page, 2*page + 1}, {page + 1, page + 2}, {n, n + 1}} {
 		got := readCalls(t, r, Filter{Limit: tt.limit})
 		if len(got) != tt.want || !got[len(got)-1].Open() {
 			t.Errorf("limit %d: %d calls, want %d, the open one last", tt.limit, len(got), tt.want)
 		}
 		ended := got[:len(got)-1]
-		if !slices.IsSortedFunc(ended, func(a, b Call) int { return int(a.Finish) - int(b.Finish) }) || ended[len(ended)-1].Finish != 2*n {
+		if !slices.IsSortedFunc(ended, func(a, b Call) int { return int(a.Finish) - int(b.Finish) }) || ended[len(ended)-1].Finish != uint64(2*n) {
 			t.Errorf("limit %d: not the latest, in order", tt.limit)
 		}
 	}
 }
 
-// BenchmarkIngest measures the whole way from line to row, index and sum.
-func BenchmarkIngest(b *testing.B) {
-	const calls = 20_000
-	j := &journal{}
-	for i := range calls {
-		r := callAt(0)
-		r.Time = start.Add(time.Duration(i) * 100 * time.Millisecond)
-		id := uuid.New()
-		copy(r.Call[9:], id[9:])
-		r.Call[4], r.Call[5] = byte(i>>8), byte(i)
-		r.RequestID, r.CorrelationID = uuid.NewString(), uuid.NewString()
-		r.Instance, r.Generation, r.Listener, r.Peer, r.Upstream, r.Evidence = "guard-1", 1, "main", "192.0.2.7", "partner-center", "app_id"
-		r.Integration = fmt.Sprint("integration-", i%9)
-		r.Token.UPN = fmt.Sprintf("Vg3FQYb2Zp0%x", i%40)
-		r.Token.TenantID, r.Token.AppID, r.Token.UTI = "1b2c3d4e-0a1b-4c2d-8e3f-901234567890", "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11", "EJwqP017IU6myA1eH3CLAA"
-		r.Token.IssuedAt, r.Token.ExpiresAt = 1780996100, 1781000000
-		r.Customer = fmt.Sprintf("7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1%03x", i%200)
-		r.Application, r.UserAgent = "Billing", "python-requests/2.32"
-		r.BytesOut, r.UpstreamTime = 2048, 4*time.Millisecond
+func TestIDsAreKeptAsTheyCame(t *testing.T) {
+	for _, id := range []string{
+		"", "x", "8a1f0000-0000-4000-8000-00000000000a", "8A1F0000-0000-4000-8000-00000000000A", "8a1f0000-0000-4000-8000-00000000000g",
+		"8a1f0000000040008000000000000000", "{8a1f0000-0000-4000-8000-000000000000}", "8a1f0000-0000-4000-8000-0000000000\u00e9", strings.Repeat("9", 128),
+	} {
+		for _, client := range []string{"", id, "other"} {
+			r := callAt(1)
+			r.RequestID, r.UpstreamRequestID = client, id
+			j, dir := &journal{}, t.TempDir()
+			j.call(r)
+			catchUp(t, openTest(t, dir, j, nil))
+			reader := openReader(t, dir)
+			got := readCalls(t, reader, Filter{})
+			if len(got) != 1 || got[0].RequestID != client || got[0].UpstreamRequestID != id {
+				t.Errorf("of the client's id %q and Microsoft's %q came back %q and %q", client, id, got[0].RequestID, got[0].UpstreamRequestID)
+			}
+			if found := readCalls(t, reader, Filter{RequestID: strings.ToUpper(id)}); id != "" && len(found) != 1 {
+				t.Errorf("%d calls with id %q", len(found), id)
+			}
+		}
+	}
+}
+
+// TestManyCallsWithOneID has more calls with an id than come on a page, in several
+// runs and behind the fold, and calls between them that have it not.
+func TestManyCallsWithOneID(t *testing.T) {
+	const n = 2*page + 10
+	j, dir := &journal{}, t.TempDir()
+	for i := range 2 * n {
+		r := callAt(i)
+		r.Call[14] = byte(i >> 8)
+		if r.CorrelationID = "rare"; i%2 == 0 {
+			r.CorrelationID = "same"
+		}
 		j.call(r)
 	}
-	for b.Loop() {
-		s, err := Open(Config{Dir: b.TempDir(), Source: j.open})
-		if err != nil {
-			b.Fatal(err)
-		}
-		if n, err := s.CatchUp(b.Context()); err != nil || n != 2*calls {
-			b.Fatal(n, err)
-		}
-		s.Close()
+	s := openTest(t, dir, nil, nil)
+	s.w.foldAt = 300
+	for at := 0; at < len(j.entries); at += 400 {
+		s.source = &cursor{j.upTo(min(at+400, len(j.entries))), int64(at)}
+		catchUp(t, s)
 	}
-	perCall := float64(b.Elapsed().Microseconds()) / float64(b.N*calls)
-	b.ReportMetric(perCall, "µs/call")
-	b.ReportMetric(2e6/perCall, "lines/s")
+	r := openReader(t, dir)
+	if s.w.folded == 0 || s.w.pending.calls == 0 {
+		t.Fatalf("folded up to %d, %d calls pending; the test wants both", s.w.folded, s.w.pending.calls)
+	}
+	for _, limit := range []int{0, 1, page, page + 1, n - 1} {
+		want := n
+		if limit > 0 {
+			want = limit
+		}
+		calls := readCalls(t, r, Filter{CorrelationID: "same", Limit: limit})
+		if len(calls) != want || calls[len(calls)-1].Finish != uint64(4*n-2) {
+			t.Errorf("limit %d: %d calls, the last at %d", limit, len(calls), calls[len(calls)-1].Finish)
+		}
+		for _, c := range calls {
+			if c.CorrelationID != "same" {
+				t.Fatalf("limit %d: a call with correlation id %q", limit, c.CorrelationID)
+			}
+		}
+	}
+}
+
+// TestWhatRepeatsIsFoundAgain has the writer forget what it knows of dims.
+func TestWhatRepeatsIsFoundAgain(t *testing.T) {
+	j, dir := &journal{}, t.TempDir()
+	s := openTest(t, dir, j, nil)
+	for i := range 6 {
+		j.call(callAt(i))
+		clear(s.w.dims.known)
+		clear(s.w.details.known)
+		catchUp(t, s)
+	}
+	sums := readSums(t, openReader(t, dir))
+	if len(sums) != 1 || sums[0].Calls != 6 {
+		t.Errorf("sums = %+v, want one of 6 calls", sums)
+	}
+}
+
+// TestACallThatEndsBehindTheFold has a call interrupted, by its age, after later
+// ones were folded.
+func TestACallThatEndsBehindTheFold(t *testing.T) {
+	j, dir := &journal{}, t.TempDir()
+	old := callAt(0)
+	old.RequestID = "long ago"
+	j.decide(old)
+	j.call(callAt(1))
+	s := openTest(t, dir, j, nil)
+	s.w.foldAt = 1
+	catchUp(t, s)
+	s.w.foldAt = foldCalls
+	j.call(callAt(25 * 60))
+	catchUp(t, s)
+	r := openReader(t, dir)
+	var summed int64
+	for _, sum := range readSums(t, r) {
+		summed += sum.Calls
+	}
+	if found := readCalls(t, r, Filter{RequestID: "long ago"}); len(found) != 1 || found[0].Error != Interrupted || summed != 3 {
+		t.Errorf("%d calls summed, want 3; the interrupted one: %+v", summed, found)
+	}
 }

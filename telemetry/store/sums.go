@@ -72,12 +72,25 @@ func dimOf(c *Call) Dim {
 	return d
 }
 
-// dimColumns are the columns of dims behind dim, in the order of columns and scan.
+// into gives c what d says.
+func (d *Dim) into(c *Call) {
+	c.Integration, c.Owner, c.TenantID, c.AppID, c.UserRef = d.Integration, d.Owner, d.TenantID, d.AppID, d.UserRef
+	c.Kind, c.Verified, c.Customer, c.Route, c.Mode = d.Kind, d.Verified, d.Customer, d.Route, d.Mode
+	c.Effect, c.Reason, c.WouldReject, c.Status = d.Effect, d.Reason, d.WouldReject, d.Status
+	c.Rejection, c.Code, c.MFA, c.AMR = d.Rejection, d.Code, d.MFA, d.Methods()
+	if d.MFACompliant != "" {
+		compliant := d.MFACompliant == "true"
+		c.MFACompliant = &compliant
+	}
+}
+
+// dimColumns are the columns of dims behind hour, in the order of columns and
+// fields.
 const dimColumns = `integration, owner, tid, app_id, user_ref, kind, verified, customer, route, mode,
 	effect, reason, would_reject, status, rejection, code, mfa, mfa_compliant, amr`
 
-func (d *Dim) columns(key dimKey) []any {
-	return []any{key[:], d.Integration, d.Owner, d.TenantID, d.AppID, d.UserRef, d.Kind, d.Verified, d.Customer, d.Route, d.Mode,
+func (d *Dim) columns() []any {
+	return []any{d.Integration, d.Owner, d.TenantID, d.AppID, d.UserRef, d.Kind, d.Verified, d.Customer, d.Route, d.Mode,
 		d.Effect, d.Reason, d.WouldReject, d.Status, d.Rejection, d.Code, d.MFA, d.MFACompliant, d.AMR}
 }
 
@@ -93,8 +106,12 @@ func (r *Reader) Sums(ctx context.Context, since, until time.Time) ([]Sum, error
 	low, high := hourRange(since, until)
 	rows, err := r.db.QueryContext(ctx, `
 		SELECT `+dimColumns+`, n, first, last FROM (
-			SELECT dim, sum(calls) AS n, min(first) AS first, max(last) AS last FROM sums WHERE hour BETWEEN ? AND ? GROUP BY dim
-		) JOIN dims USING (dim)`, low, high)
+			SELECT dim, sum(calls) AS n, min(first) AS first, max(last) AS last FROM (
+				SELECT dim, calls, first, last FROM sums WHERE hour BETWEEN ?1 AND ?2
+				UNION ALL
+				SELECT dim, 1, time, time FROM calls WHERE finish > (SELECT folded FROM position) AND time / ?3 BETWEEN ?1 AND ?2
+			) GROUP BY dim
+		) JOIN dims USING (dim)`, low, high, hourMicros)
 	if err != nil {
 		return nil, r.fail(err)
 	}

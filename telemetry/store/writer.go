@@ -1,21 +1,20 @@
 package store
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"database/sql"
-	"encoding/binary"
+	"database/sql/driver"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/partnerguard/partnerguard/telemetry/ledger"
+	sqlite3 "modernc.org/sqlite/lib"
 )
 
 // writer is the database as it is written: one connection, its statements, and
@@ -24,27 +23,39 @@ import (
 type writer struct {
 	db   *sql.DB
 	conn *sql.Conn
+	pace func() // called within long work, every few calls
 
 	position ledger.Position
 	seq      uint64
 	newest   time.Time            // the latest beginning of a call
 	open     map[string]*openCall // by call
-	dims     map[Dim]dimKey       // known to be in dims; emptied when it grows too large
+	folded   int64                // the greatest finish that is folded
+	pending  *pending             // the calls behind it
+	foldAt   int                  // how many of them are folded
+	dims     dictionary
+	details  dictionary
 
-	insertCall, insertID, insertOpen, deleteOpen, insertDim, addSum, addHour, insertGap, move *sql.Stmt
-	prepared                                                                                  []*sql.Stmt // all of them
+	insertOpen, deleteOpen, selectDim, insertDim, touchDim, insertDetail, addSum, addHour, insertIDs, insertGap, move, setFolded *sql.Stmt
+	prepared                                                                                                                     []*sql.Stmt // all of them
+
+	// Rows of calls go past database/sql, which takes a quarter of their time.
+	insertRow, insertRows driver.Stmt
+	args                  []driver.NamedValue // of rowsAtOnce rows
 }
 
 // openCall is a decision that waits for its outcome.
 type openCall struct {
 	seq    uint64
 	call   Call
-	line   []byte // to be stored; nil when it is
+	line   string // to be stored; empty when it is
 	stored bool
+
+	dim, detail int64 // once it has ended
 }
 
 const (
-	maxDims = 20_000
+	// rowsAtOnce is how many rows of calls one statement inserts.
+	rowsAtOnce = 8
 	// abandoned is the age at which a call without outcome counts as interrupted,
 	// measured against the newest call. No call of Partner Center's takes hours; the
 	// ledger itself ends the calls that a crash left open.
@@ -71,37 +82,60 @@ func (w *writer) init() error {
 		to  **sql.Stmt
 		sql string
 	}{
-		{&w.insertCall, "INSERT INTO calls (finish, seq, " + callColumns + ") VALUES (?, ?" + strings.Repeat(", ?", strings.Count(callColumns, ",")+1) + ")"},
-		{&w.insertID, "INSERT OR IGNORE INTO ids (hour, hash, finish) VALUES (?, ?, ?)"},
 		{&w.insertOpen, "INSERT OR REPLACE INTO open (call, seq, line) VALUES (?, ?, ?)"},
 		{&w.deleteOpen, "DELETE FROM open WHERE call = ?"},
-		{&w.insertDim, "INSERT OR IGNORE INTO dims (dim, " + dimColumns + ") VALUES (?" + strings.Repeat(", ?", strings.Count(dimColumns, ",")+1) + ")"},
+		{&w.selectDim, "SELECT dim, hour FROM dims WHERE hash = ?"},
+		{&w.insertDim, "INSERT INTO dims (hash, hour, " + dimColumns + ") VALUES (?, ?, " + marks(columns(dimColumns)) + ")"},
+		{&w.touchDim, "UPDATE dims SET hour = max(hour, ?) WHERE dim = ?"},
+		{&w.insertDetail, "INSERT INTO details (detail, " + detailColumns + ") SELECT coalesce(max(detail) + 1, ?), " + marks(columns(detailColumns)) + " FROM details WHERE detail >= ? AND detail < ?"},
 		{&w.addSum, `INSERT INTO sums (hour, dim, calls, first, last) VALUES (?, ?, ?, ?, ?)
 			ON CONFLICT DO UPDATE SET calls = calls + excluded.calls, first = min(first, excluded.first), last = max(last, excluded.last)`},
 		{&w.addHour, `INSERT INTO hours (hour, low, high) VALUES (?, ?, ?)
 			ON CONFLICT DO UPDATE SET low = min(low, excluded.low), high = max(high, excluded.high)`},
+		{&w.insertIDs, "INSERT INTO ids (run, entries) VALUES (?, ?) ON CONFLICT DO UPDATE SET entries = CAST(entries || excluded.entries AS BLOB)"},
 		{&w.insertGap, "INSERT OR REPLACE INTO gaps (seq, calls, outcomes, since, until, cause) VALUES (?, ?, ?, ?, ?, ?)"},
 		{&w.move, "UPDATE position SET segment = ?, offset = ?, seq = ?, newest = ?"},
+		{&w.setFolded, "UPDATE position SET folded = ?"},
 	} {
 		if *p.to, err = w.conn.PrepareContext(ctx, p.sql); err != nil {
 			return err
 		}
 		w.prepared = append(w.prepared, *p.to)
 	}
+	row := "(" + marks(columns(callColumns)) + ")"
+	insert := "INSERT INTO calls (" + callColumns + ") VALUES " + row
+	err = w.conn.Raw(func(conn any) error {
+		c := conn.(driver.ConnPrepareContext)
+		if w.insertRow, err = c.PrepareContext(ctx, insert); err != nil {
+			return err
+		}
+		w.insertRows, err = c.PrepareContext(ctx, insert+strings.Repeat(", "+row, rowsAtOnce-1))
+		return err
+	})
+	if err != nil {
+		return err
+	}
 	return w.load(ctx)
 }
 
+// columns is how many columns a list of them names.
+func columns(list string) int { return strings.Count(list, ",") + 1 }
+
 // load reads what the writer keeps in memory.
 func (w *writer) load(ctx context.Context) error {
-	w.dims, w.open = map[Dim]dimKey{}, map[string]*openCall{}
+	w.dims.known, w.details.known = map[string]*entry{}, map[string]*entry{}
+	w.open, w.pending = map[string]*openCall{}, newPending()
 	var newest int64
-	err := w.conn.QueryRowContext(ctx, "SELECT segment, offset, seq, newest FROM position").
-		Scan(&w.position.Segment, &w.position.Offset, &w.seq, &newest)
+	err := w.conn.QueryRowContext(ctx, "SELECT segment, offset, seq, newest, folded FROM position").
+		Scan(&w.position.Segment, &w.position.Offset, &w.seq, &newest, &w.folded)
 	if err != nil {
 		return err
 	}
 	if newest != 0 {
 		w.newest = time.UnixMicro(newest).UTC()
+	}
+	if err := w.loadPending(ctx); err != nil {
+		return err
 	}
 	rows, err := w.conn.QueryContext(ctx, "SELECT seq, line FROM open")
 	if err != nil {
@@ -122,6 +156,32 @@ func (w *writer) load(ctx context.Context) error {
 	return rows.Err()
 }
 
+// loadPending reads the calls that are not folded yet.
+func (w *writer) loadPending(ctx context.Context) error {
+	rows, err := w.conn.QueryContext(ctx, `SELECT finish, time, dim, call, request_id, correlation_id, upstream_request_id, upstream_correlation_id
+		FROM calls WHERE finish > ?`, w.folded)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	dims := map[int64]*entry{}
+	for rows.Next() {
+		var c Call
+		var at, dim int64
+		err := rows.Scan(&c.Finish, &at, &dim, idText{to: &c.ID}, idText{to: &c.RequestID}, idText{to: &c.CorrelationID},
+			idText{to: &c.UpstreamRequestID, client: &c.RequestID}, idText{to: &c.UpstreamCorrelationID, client: &c.CorrelationID})
+		if err != nil {
+			return err
+		}
+		c.Time = time.UnixMicro(at)
+		if dims[dim] == nil {
+			dims[dim] = &entry{id: dim}
+		}
+		w.pending.add(&c, dims[dim])
+	}
+	return rows.Err()
+}
+
 // close closes the database. SQLite folds its log into the database only when no
 // statement is left.
 func (w *writer) close() error {
@@ -130,33 +190,30 @@ func (w *writer) close() error {
 		errs = append(errs, stmt.Close())
 	}
 	if w.conn != nil {
+		w.conn.Raw(func(any) error {
+			for _, stmt := range []driver.Stmt{w.insertRow, w.insertRows} {
+				if stmt != nil {
+					errs = append(errs, stmt.Close())
+				}
+			}
+			return nil
+		})
 		errs = append(errs, w.conn.Close())
 	}
 	return errors.Join(append(errs, w.db.Close())...)
 }
 
-// batch is what one transaction will write.
+// batch is one transaction.
 type batch struct {
 	w        *writer
 	calls    []*openCall // that ended, with call.Finish set
 	gone     []string    // open calls that are no longer
-	sums     map[sumKey]*sumValue
-	newDims  map[dimKey]Dim
 	gaps     []gap
 	started  []*openCall
 	position ledger.Position
 	seq      uint64
 	err      error // of the database, met while adding
 }
-
-type dimKey [16]byte
-
-type sumKey struct {
-	hour int64
-	dim  dimKey
-}
-
-type sumValue struct{ calls, first, last int64 }
 
 type gap struct {
 	seq      uint64
@@ -167,8 +224,16 @@ type gap struct {
 	Cause    string    `json:"cause"`
 }
 
-func (w *writer) begin() *batch {
-	return &batch{w: w, sums: map[sumKey]*sumValue{}, newDims: map[dimKey]Dim{}, position: w.position, seq: w.seq}
+// begin begins a batch. It is errBusy, and the writer as good as before, when another
+// process holds the database for longer than SQLite waits.
+func (w *writer) begin() (*batch, error) {
+	if _, err := w.conn.ExecContext(context.Background(), "BEGIN IMMEDIATE"); err != nil {
+		if is(err, sqlite3.SQLITE_BUSY) {
+			err = fmt.Errorf("%w: %w", errBusy, err)
+		}
+		return nil, fmt.Errorf("write store: %w", err)
+	}
+	return &batch{w: w, position: w.position, seq: w.seq}, nil
 }
 
 // add takes one record in. An error says that it cannot be read; the batch goes on
@@ -178,8 +243,8 @@ func (b *batch) add(e ledger.Entry) error {
 	w := b.w
 	switch e.Type {
 	case ledger.TypeDecision:
-		o := &openCall{seq: e.Seq, line: bytes.Clone(e.Line)}
-		if err := decode(e.Line, &o.call); err != nil {
+		o := &openCall{seq: e.Seq, line: string(e.Line)}
+		if err := decode(o.line, &o.call); err != nil {
 			return err
 		}
 		if o.call.Time.IsZero() {
@@ -192,7 +257,7 @@ func (b *batch) add(e ledger.Entry) error {
 		b.started = append(b.started, o)
 	case ledger.TypeOutcome:
 		var end Call
-		if err := decode(e.Line, &end); err != nil {
+		if err := decode(string(e.Line), &end); err != nil {
 			return err
 		}
 		o := w.open[end.ID]
@@ -215,9 +280,7 @@ func (b *batch) add(e ledger.Entry) error {
 func (b *batch) orphan(seq uint64, end Call) error {
 	known := slices.ContainsFunc(b.calls, func(o *openCall) bool { return o.call.ID == end.ID })
 	if !known {
-		err := b.w.conn.QueryRowContext(context.Background(), "SELECT EXISTS (SELECT 1 FROM calls WHERE call = ?)", end.ID).Scan(&known)
-		if err != nil {
-			b.err = err
+		if known, b.err = b.w.holds(context.Background(), end.ID); b.err != nil {
 			return nil
 		}
 	}
@@ -229,6 +292,24 @@ func (b *batch) orphan(seq uint64, end Call) error {
 	}
 	b.finish(&openCall{call: end}, seq)
 	return nil
+}
+
+// holds reports whether the call has ended in the database.
+func (w *writer) holds(ctx context.Context, call string) (known bool, err error) {
+	found, err := findID(ctx, w.conn, call)
+	if err != nil {
+		return false, err
+	}
+	for query, args := range map[string][]any{
+		"finish > ?": {w.folded},
+		"finish IN (SELECT value FROM json_each(?))": {jsonNumbers(found)},
+	} {
+		err := w.conn.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM calls WHERE "+query+" AND call = ?)", append(args, packID(call))...).Scan(&known)
+		if known || err != nil {
+			return known, err
+		}
+	}
+	return false, nil
 }
 
 // timeOf is the time in a call id, a UUIDv7; 1970 for another id.
@@ -248,27 +329,6 @@ func (b *batch) finish(o *openCall, seq uint64) {
 	if o.stored {
 		b.gone = append(b.gone, o.call.ID)
 	}
-	at := o.call.Time.UnixMicro()
-	key := sumKey{hourOf(o.call.Time), b.dim(dimOf(&o.call))}
-	v := b.sums[key]
-	if v == nil {
-		v = &sumValue{first: at, last: at}
-		b.sums[key] = v
-	}
-	v.calls, v.first, v.last = v.calls+1, min(v.first, at), max(v.last, at)
-}
-
-// dim returns the key of d, and has it stored if it is new.
-func (b *batch) dim(d Dim) dimKey {
-	if key, ok := b.w.dims[d]; ok {
-		return key
-	}
-	if len(b.w.dims) >= maxDims {
-		clear(b.w.dims)
-	}
-	key := d.key()
-	b.w.dims[d], b.newDims[key] = key, d
-	return key
 }
 
 // commit writes the batch in one transaction.
@@ -285,9 +345,6 @@ func (b *batch) commit() error {
 	}
 	// The context of a caller who goes away must not tear the transaction.
 	ctx := context.Background()
-	if _, err := w.conn.ExecContext(ctx, "BEGIN IMMEDIATE"); err != nil {
-		return fmt.Errorf("write store: %w", err)
-	}
 	if err := b.write(ctx); err != nil {
 		return fmt.Errorf("write store: %w", errors.Join(err, w.rollback(ctx)))
 	}
@@ -310,28 +367,27 @@ func (w *writer) rollback(ctx context.Context) error {
 
 func (b *batch) write(ctx context.Context) error {
 	w := b.w
-	args := make([]any, 0, 64)
-	hours := map[int64][2]uint64{}
+	fold := false
 	for _, o := range b.calls {
-		c := &o.call
-		args = append(args[:0], int64(c.Finish), nullInt(int64(o.seq)))
-		if _, err := w.insertCall.ExecContext(ctx, appendColumns(args, c)...); err != nil {
+		w.pace()
+		dim, err := w.dim(ctx, &o.call)
+		if err != nil {
 			return err
 		}
-		hour := hourOf(c.Time)
-		for _, id := range c.ids() {
-			if _, err := w.insertID.ExecContext(ctx, hour, idHash(id), int64(c.Finish)); err != nil {
-				return err
-			}
+		detail, err := w.detail(ctx, &o.call)
+		if err != nil {
+			return err
 		}
-		h, ok := hours[hour]
-		if !ok {
-			h = [2]uint64{c.Finish, c.Finish}
-		}
-		hours[hour] = [2]uint64{min(h[0], c.Finish), max(h[1], c.Finish)}
+		o.dim, o.detail = dim.id, detail
+		w.pending.add(&o.call, dim)
+		// Only what is behind the fold is looked for there.
+		fold = fold || int64(o.call.Finish) <= w.folded
 	}
-	for hour, h := range hours {
-		if _, err := w.addHour.ExecContext(ctx, hour, int64(h[0]), int64(h[1])); err != nil {
+	if err := w.conn.Raw(func(any) error { return b.insertCalls(ctx) }); err != nil {
+		return err
+	}
+	if fold || w.pending.calls >= w.foldAt {
+		if err := w.fold(ctx); err != nil {
 			return err
 		}
 	}
@@ -341,23 +397,13 @@ func (b *batch) write(ctx context.Context) error {
 		}
 	}
 	for _, o := range b.started {
-		if !o.call.Open() || o.line == nil {
+		if !o.call.Open() || o.stored {
 			continue
 		}
-		if _, err := w.insertOpen.ExecContext(ctx, o.call.ID, int64(o.seq), string(o.line)); err != nil {
+		if _, err := w.insertOpen.ExecContext(ctx, o.call.ID, int64(o.seq), o.line); err != nil {
 			return err
 		}
-		o.stored, o.line = true, nil
-	}
-	for key, d := range b.newDims {
-		if _, err := w.insertDim.ExecContext(ctx, d.columns(key)...); err != nil {
-			return err
-		}
-	}
-	for key, v := range b.sums {
-		if _, err := w.addSum.ExecContext(ctx, key.hour, key.dim[:], v.calls, v.first, v.last); err != nil {
-			return err
-		}
+		o.stored, o.line = true, ""
 	}
 	for _, g := range b.gaps {
 		if _, err := w.insertGap.ExecContext(ctx, int64(g.seq), g.Calls, g.Outcomes, g.Since.UnixMicro(), g.Until.UnixMicro(), g.Cause); err != nil {
@@ -372,8 +418,30 @@ func (b *batch) write(ctx context.Context) error {
 	return err
 }
 
+// insertCalls inserts the rows of the calls, past database/sql.
+func (b *batch) insertCalls(ctx context.Context) error {
+	w := b.w
+	for calls := range slices.Chunk(b.calls, rowsAtOnce) {
+		w.pace()
+		insert, step := w.insertRows, len(calls)
+		if len(calls) < rowsAtOnce {
+			insert, step = w.insertRow, 1
+		}
+		for rows := range slices.Chunk(calls, step) {
+			w.args = w.args[:0]
+			for _, o := range rows {
+				w.args = appendRow(w.args, &o.call, o.dim, o.detail)
+			}
+			if _, err := insert.(driver.StmtExecContext).ExecContext(ctx, w.args); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // pruneRows is how many calls one transaction of prune removes.
-const pruneRows = 2000
+const pruneRows = 1000
 
 // prune removes a bounded number of the calls that began in hours that ended
 // before cutoff, and with the last of them their sums. done says that none is left.
@@ -393,35 +461,56 @@ func (w *writer) prune(cutoff time.Time) (done bool, err error) {
 }
 
 func (w *writer) pruneBefore(ctx context.Context, hour int64) (done bool, err error) {
-	res, err := w.conn.ExecContext(ctx, `DELETE FROM calls WHERE finish IN (
-		SELECT finish FROM calls
-		WHERE finish BETWEEN (SELECT min(low) FROM hours WHERE hour < ?1) AND (SELECT max(high) FROM hours WHERE hour < ?1) AND time < ?2
-		LIMIT ?3)`, hour, hour*hourMicros, pruneRows)
-	if err != nil {
-		return false, err
-	}
-	n, err := res.RowsAffected()
-	if err != nil || n == pruneRows {
-		return false, err
-	}
-	for _, q := range []string{"DELETE FROM ids WHERE hour < ?", "DELETE FROM sums WHERE hour < ?"} {
-		if _, err := w.conn.ExecContext(ctx, q, hour); err != nil {
+	if w.pending.before(hour) {
+		if err := w.fold(ctx); err != nil {
 			return false, err
 		}
 	}
-	res, err = w.conn.ExecContext(ctx, "DELETE FROM hours WHERE hour < ?", hour)
-	if err != nil {
+	n, err := w.exec(ctx, `DELETE FROM calls WHERE finish IN (
+		SELECT finish FROM calls
+		WHERE finish BETWEEN (SELECT min(low) FROM hours WHERE hour < ?1) AND (SELECT max(high) FROM hours WHERE hour < ?1) AND time < ?2
+		LIMIT ?3)`, hour, hour*hourMicros, pruneRows)
+	if err != nil || n == pruneRows {
 		return false, err
 	}
-	if n, err = res.RowsAffected(); err != nil || n == 0 {
+	if n, err = w.exec(ctx, "DELETE FROM hours WHERE hour < ?", hour); err != nil || n == 0 {
 		return true, err
 	}
-	if _, err := w.conn.ExecContext(ctx, "DELETE FROM gaps WHERE until < ?", hour*hourMicros); err != nil {
+	// The hours of dims count with what is pending.
+	if err := w.fold(ctx); err != nil {
 		return false, err
 	}
-	clear(w.dims)
-	_, err = w.conn.ExecContext(ctx, "DELETE FROM dims WHERE dim NOT IN (SELECT dim FROM sums)")
-	return true, err
+	for query, before := range map[string]int64{
+		"DELETE FROM sums WHERE hour < ?":      hour,
+		"DELETE FROM dims WHERE hour < ?":      hour,
+		"DELETE FROM details WHERE detail < ?": firstDetail(hour),
+		"DELETE FROM gaps WHERE until < ?":     hour * hourMicros,
+	} {
+		if _, err := w.exec(ctx, query, before); err != nil {
+			return false, err
+		}
+	}
+	clear(w.dims.known)
+	clear(w.details.known)
+	var oldest int64
+	if err := w.conn.QueryRowContext(ctx, "SELECT coalesce(min(low), 0) FROM hours").Scan(&oldest); err != nil || oldest == 0 {
+		return err == nil, err
+	}
+	for bucket := range w.pending.ids {
+		if _, err := w.exec(ctx, "DELETE FROM ids WHERE run >= ? AND run < ?", runOf(bucket, 0), runOf(bucket, oldest)); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// exec returns how many rows a statement changed.
+func (w *writer) exec(ctx context.Context, query string, args ...any) (int64, error) {
+	res, err := w.conn.ExecContext(ctx, query, args...)
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
 }
 
 const hourMicros = int64(time.Hour / time.Microsecond)
@@ -429,35 +518,14 @@ const hourMicros = int64(time.Hour / time.Microsecond)
 // hourOf is the hour since 1970 that t lies in.
 func hourOf(t time.Time) int64 { return t.Unix() / 3600 }
 
-// ids are the ids that a call can be found by besides its own, without repetition.
-func (c *Call) ids() []string {
-	ids := make([]string, 0, 4)
-	for _, id := range [...]string{c.RequestID, c.CorrelationID, c.UpstreamRequestID, c.UpstreamCorrelationID} {
-		if id != "" && !slices.Contains(ids, id) {
-			ids = append(ids, id)
+// jsonNumbers is what SQLite's json_each takes apart again.
+func jsonNumbers(numbers []int64) string {
+	b := []byte{'['}
+	for i, n := range numbers {
+		if i > 0 {
+			b = append(b, ',')
 		}
+		b = strconv.AppendInt(b, n, 10)
 	}
-	return ids
-}
-
-// idHash is what ids holds of an id. Case does not count; what is found is compared
-// with the id itself.
-func idHash(id string) int64 {
-	h := fnv.New64a()
-	h.Write([]byte(strings.ToLower(id)))
-	return int64(h.Sum64())
-}
-
-// key hashes d: 128 bits, so that the dims that callers can cause (a route, a
-// customer) cannot be made to collide.
-func (d *Dim) key() dimKey {
-	h := sha256.New()
-	var size [4]byte
-	for _, v := range d.columns(dimKey{})[1:] {
-		s := fmt.Sprint(v)
-		binary.BigEndian.PutUint32(size[:], uint32(len(s)))
-		h.Write(size[:])
-		h.Write([]byte(s))
-	}
-	return dimKey(h.Sum(nil)[:16])
+	return string(append(b, ']'))
 }
