@@ -301,7 +301,7 @@ func TestFaultSecondSignalEndsAtOnce(t *testing.T) {
 		return res.StatusCode, res.StatusCode == 503
 	})
 	g.cmd.Process.Signal(syscall.SIGTERM)
-	g.awaitExit(-1)
+	g.awaitExit(1)
 	if a := <-answer; a.err == nil {
 		t.Errorf("the call in flight got %d %s, want a broken connection", a.status, a.body)
 	}

@@ -60,9 +60,17 @@ var errFindings = errors.New("findings")
 // run runs one command line and returns its exit code. An interrupt ends the
 // command's context; a second one ends the process at once.
 func run(args []string, e environment) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(signals)
+	go func() {
+		<-signals
+		cancel()
+		<-signals
+		os.Exit(exitFailure)
+	}()
 
 	root := newRoot(e)
 	root.SetArgs(args)

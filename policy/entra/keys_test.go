@@ -233,6 +233,8 @@ func TestTokensCauseNoFetchesOfTheirTenant(t *testing.T) {
 	expect(t, v, user(foreign), "")
 	expect(t, v, user(userClaims()), "")
 	expect(t, v, sign(keyA(), `{"alg":"RS256","kid":"Z"}`, foreign.String()), policy.ReasonTokenUnknownKey)
+	keys.mu.Lock()
+	defer keys.mu.Unlock()
 	for path := range keys.hits {
 		if !strings.HasPrefix(path, "/common/") {
 			t.Errorf("fetched %s", path)
@@ -360,6 +362,7 @@ func TestUnknownKeyNeedsARecentFetch(t *testing.T) {
 		expect(t, v, unknown, policy.ReasonTokenUnknownKey)
 		time.Sleep(2 * time.Minute)
 		expect(t, v, unknown, policy.ReasonKeysUnavailable)
+		synctest.Wait() // for the end of that fetch: who comes before it joins it
 
 		serve(func(r *http.Request) (*http.Response, error) {
 			time.Sleep(time.Second)
