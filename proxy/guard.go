@@ -12,6 +12,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,6 +33,7 @@ type Guard struct {
 	instance    string
 	generation  uint64
 	now         func() time.Time
+	onPanic     func(kind string, stack []byte)
 
 	names autoNames
 }
@@ -52,6 +55,11 @@ type Config struct {
 	Instance   string           // name of this guard, in every record
 	Generation uint64           // of the configuration, in every record
 	Now        func() time.Time // nil is time.Now
+	// OnPanic is told of a panic that the guard caught: a mistake in this program. The
+	// call got ReasonInternalError. kind is the type of its value, or the text of a
+	// runtime error: any other value could hold what must not be written. It must not
+	// block. Nil ignores it.
+	OnPanic func(kind string, stack []byte)
 }
 
 // Verifier tells what a bearer token says.
@@ -103,7 +111,7 @@ func New(cfg Config) (*Guard, error) {
 	g := &Guard{
 		policy: cfg.Policy, verifier: cfg.Verifier, ledger: cfg.Ledger, observer: cfg.Observer,
 		upstreams: map[string]*Upstream{}, validateMFA: cfg.ValidateMFA, needLedger: cfg.NeedLedger,
-		instance: cfg.Instance, generation: cfg.Generation, now: cfg.Now,
+		instance: cfg.Instance, generation: cfg.Generation, now: cfg.Now, onPanic: cfg.OnPanic,
 	}
 	if g.now == nil {
 		g.now = time.Now
@@ -226,6 +234,7 @@ func (g *Guard) begin(w http.ResponseWriter, r *http.Request, l *Listener, up *U
 func (g *Guard) judge(c *call) {
 	defer func() {
 		if p := recover(); p != nil {
+			g.caught(p)
 			c.rec.Decision = policy.Decision{Reason: policy.ReasonInternalError, Mode: policy.Enforce, WouldReject: true}
 			if g.policy.AuditOnly() {
 				c.rec.Mode, c.rec.Effect = policy.Audit, policy.Allow
@@ -257,6 +266,7 @@ func (g *Guard) verify(c *call) (t policy.Token, reason policy.Reason) {
 	}
 	defer func() {
 		if p := recover(); p != nil {
+			g.caught(p)
 			t, reason = policy.Token{}, policy.ReasonInternalError
 		}
 	}()
@@ -280,6 +290,9 @@ func (g *Guard) verify(c *call) (t policy.Token, reason policy.Reason) {
 func (g *Guard) finish(c *call) {
 	panicked := recover()
 	rec := &c.rec
+	if panicked != nil && panicked != http.ErrAbortHandler {
+		g.caught(panicked)
+	}
 	aborted := panicked != nil && (c.wroteHeader || panicked == http.ErrAbortHandler)
 	if panicked != nil && !aborted {
 		// A mistake of ours before anything was said: say so in our own words.
@@ -315,6 +328,18 @@ func (g *Guard) finish(c *call) {
 		// The client must see a broken transfer, never a clean short answer.
 		panic(http.ErrAbortHandler)
 	}
+}
+
+// caught tells of a panic. The stack is that of the panic: deferred calls run on it.
+func (g *Guard) caught(value any) {
+	if g.onPanic == nil {
+		return
+	}
+	kind := fmt.Sprintf("%T", value)
+	if e, ok := value.(runtime.Error); ok {
+		kind = e.Error()
+	}
+	g.onPanic(kind, debug.Stack())
 }
 
 // Words of Record.Error besides the reasons.

@@ -259,6 +259,21 @@ func TestModesAgainstTokens(t *testing.T) {
 	}
 }
 
+func TestAPanicIsToldWithoutItsValue(t *testing.T) {
+	type told struct{ kind, stack string }
+	heard := make(chan told, 1)
+	r := newRig(t, &seen{}, func(_ *policy.Config, g *proxy.Config, _ *proxy.UpstreamConfig, _ *proxy.Listener) {
+		g.OnPanic = func(kind string, stack []byte) { heard <- told{kind, string(stack)} }
+	})
+	if res, _ := r.send(t, "GET /v1/x HTTP/1.1", "Host: x", "Authorization: Bearer panic"); res.StatusCode != 200 {
+		t.Errorf("%d, want the call forwarded while auditing", res.StatusCode)
+	}
+	got := <-heard
+	if got.kind != "string" || strings.Contains(got.stack, "verifier broke") || !strings.Contains(got.stack, "tokens.Verify") {
+		t.Errorf("told of %q:\n%s", got.kind, got.stack)
+	}
+}
+
 func TestARefusalForMissingMFALooksLikeMicrosofts(t *testing.T) {
 	r := newRig(t, &seen{}, mode(policy.Enforce))
 	res, body := r.send(t, "GET /i/billing/v1/customers HTTP/1.1", "Host: x", "Authorization: Bearer nomfa")

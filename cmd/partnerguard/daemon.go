@@ -121,6 +121,9 @@ func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
 		Policy: d.policy, Verifier: d.verifier, Ledger: notifying{d.ledger, d.store}, Observer: d.tel,
 		Upstreams: []*proxy.Upstream{d.upstream}, ValidateMFA: validateMFA(cfg.ValidateMFA),
 		NeedLedger: cfg.Ledger.OnFailure == config.RejectOnFailure, Instance: instance, Generation: 1,
+		OnPanic: func(kind string, stack []byte) {
+			d.log.Error("panic; please report it", "kind", kind, "stack", string(stack))
+		},
 	})
 	if err != nil {
 		return nil, err
