@@ -6,7 +6,11 @@
 // line, column, what is wrong and what to write instead. Keys left out have the
 // defaults of Default. Durations are Go's with d for days (30d, 1d12h); sizes
 // are a whole number with a unit (1GiB, 500MB); where a list of values is
-// expected, one value may stand alone. Anchors, aliases and merge keys work.
+// expected, one value may stand alone; secrets are references, file:PATH or
+// env:NAME. Anchors, aliases and merge keys work.
+//
+// A key whose field has the tag restart cannot change in a running guard; see
+// Changes.
 package config
 
 import (
@@ -22,8 +26,13 @@ import (
 	"github.com/partnerguard/partnerguard/policy"
 )
 
-// PartnerCenter is the name of the upstream that every configuration has.
-const PartnerCenter = "partner-center"
+// The upstreams there can be, by name. Every configuration has PartnerCenter, the
+// others only where it names them.
+const (
+	PartnerCenter = "partner-center" // the Partner Center REST API
+	PartnerAPI    = "partner-api"    // api.partner.microsoft.com: referrals, price sheets, payouts
+	Graph         = "graph"          // Microsoft Graph
+)
 
 // Config is one configuration, defaults filled in. A Config that Parse or Load
 // returned, or Default, is valid; after changing it, call Validate.
@@ -45,7 +54,11 @@ type Config struct {
 
 	// Listeners are the addresses calls come in by; one on 127.0.0.1:8080 by
 	// default.
-	Listeners []Listener `yaml:"listeners"`
+	Listeners []Listener `yaml:"listeners" restart:"presence"`
+
+	// ACME is where listeners with tls.acme get their certificates from. Its
+	// defaults are those of Let's Encrypt.
+	ACME ACME `yaml:"acme" restart:"any"`
 
 	// Integrations are the calling programs, in order.
 	Integrations []Integration `yaml:"integrations"`
@@ -56,9 +69,13 @@ type Config struct {
 	// Entra is how tokens are verified.
 	Entra Entra `yaml:"entra"`
 
-	// Upstreams are where calls go, by name. Only partner-center is known, and it
-	// is always there.
+	// Upstreams are where calls go, by name: partner-center, which is always there,
+	// partner-api and graph, which are there when named. Most keys are preset by
+	// Cloud.
 	Upstreams map[string]Upstream `yaml:"upstreams"`
+
+	// Limits bound what one client or integration can take of the guard.
+	Limits Limits `yaml:"limits"`
 
 	// Timeouts bound the single steps of a call. Nothing bounds the whole: price
 	// sheets stream for minutes.
@@ -69,10 +86,10 @@ type Config struct {
 	ValidateMFA ValidateMFA `yaml:"validate_mfa"`
 
 	// Ledger is the account of every call.
-	Ledger Ledger `yaml:"ledger"`
+	Ledger Ledger `yaml:"ledger" restart:"any"`
 
 	// Store is the view of the ledger that reports search. It has no keys yet.
-	Store Store `yaml:"store"`
+	Store Store `yaml:"store" restart:"any"`
 
 	// Admin is the listener of health, metrics and console.
 	Admin Admin `yaml:"admin"`
@@ -86,16 +103,28 @@ type Listener struct {
 
 	// Address is host:port. An empty host is every interface; port 0 takes a free
 	// one.
-	Address string `yaml:"address"`
+	Address string `yaml:"address" restart:"any"`
 
 	// Integration claims every call of this listener for one integration.
 	Integration string `yaml:"integration"`
 
-	// Upstream is where its calls go. Default partner-center.
+	// Upstream is where its calls go. Default partner-center. A call whose Host
+	// header, less its port, is exactly a name of another configured upstream
+	// (Config.Hosts) goes there instead. The Host header only ever chooses among
+	// them: it never becomes an address, and one that names none changes nothing.
 	Upstream string `yaml:"upstream"`
 
 	// TLS serves HTTPS; nil serves clear text.
-	TLS *TLS `yaml:"tls"`
+	TLS *TLS `yaml:"tls" restart:"presence"`
+
+	// ClientCA is a PEM file of the CAs whose client certificates are accepted.
+	// Where it is given every client must have one; match.client_cert tells them
+	// apart. Needs TLS. Empty asks for none.
+	ClientCA string `yaml:"client_ca"`
+
+	// ClientCRL is a file of the revocation lists of these CAs, several in PEM or
+	// one in DER. Needs ClientCA. Empty: a certificate is good until it expires.
+	ClientCRL string `yaml:"client_crl"`
 
 	// InsecureClearText allows clear text off loopback, where whoever sees the
 	// traffic sees the bearer tokens.
@@ -105,11 +134,60 @@ type Listener struct {
 // Label is what records and match.listener call l: its name, else its address.
 func (l Listener) Label() string { return cmp.Or(l.Name, l.Address) }
 
-// TLS is a certificate with its key, both in PEM files. A relative path starts at
-// the directory of the configuration file.
+// TLS is where a certificate comes from: either two files or ACME. A relative path
+// starts at the directory of the configuration file, here and in all keys that
+// name a file.
 type TLS struct {
-	Certificate string `yaml:"certificate"` // leaf first, then the chain
-	Key         string `yaml:"key"`
+	Certificate string `yaml:"certificate"` // PEM file: leaf first, then the chain
+	Key         string `yaml:"key"`         // PEM file of the leaf's key
+
+	// ACME are the domain names to get a certificate for from Config.ACME. The
+	// names are not wildcards, which the challenges known here cannot prove.
+	// Listeners only.
+	ACME []string `yaml:"acme"`
+}
+
+// ACME is a certificate authority that issues by RFC 8555.
+type ACME struct {
+	// Email is where the authority writes about trouble. Optional.
+	Email string `yaml:"email"`
+
+	// Directory is the authority's directory URL, always https. Default Let's
+	// Encrypt's.
+	Directory string `yaml:"directory"`
+
+	// Root is a PEM file of the CAs to trust for Directory in place of the
+	// system's. Empty: the system's.
+	Root string `yaml:"root"`
+
+	// EAB binds the account to one that the authority already knows (RFC 8555,
+	// section 7.3.4). Nil: the authority asks for none.
+	EAB *EAB `yaml:"eab"`
+
+	// Challenges are the ways to prove that a domain is ours: http-01 and
+	// tls-alpn-01. Default both.
+	Challenges []string `yaml:"challenges"`
+
+	// HTTPPort answers http-01, on all addresses, while a certificate is ordered.
+	// The authority connects to port 80; another one needs something that forwards
+	// to it. Default 80.
+	HTTPPort int `yaml:"http_port"`
+
+	// TLSALPNPort answers tls-alpn-01, as HTTPPort does http-01; it may be that of
+	// a listener with tls.acme. Default 443.
+	TLSALPNPort int `yaml:"tls_alpn_port"`
+}
+
+// The values of ACME.Challenges.
+const (
+	HTTP01    = "http-01"
+	TLSALPN01 = "tls-alpn-01"
+)
+
+// EAB is what an authority hands out to bind an ACME account; both are required.
+type EAB struct {
+	KeyID  string `yaml:"key_id"`
+	MACKey Secret `yaml:"mac_key"` // refers to base64url
 }
 
 // Integration is a calling program as the partner names it.
@@ -118,8 +196,11 @@ type Integration struct {
 	Owner   string `yaml:"owner"`   // whose it is: a mail address, a team
 	Contact string `yaml:"contact"` // how to reach them, if not by Owner
 	// Mode of its calls where no rule says otherwise; left out, the global one.
-	Mode  policy.Mode `yaml:"mode"`
-	Match Match       `yaml:"match"`
+	Mode policy.Mode `yaml:"mode"`
+	// MaxCalls is how many of its calls may be in flight at a time, in place of
+	// Limits.Calls. Nil: that one holds; 0: no limit.
+	MaxCalls *int  `yaml:"max_calls"`
+	Match    Match `yaml:"match"`
 }
 
 // Match says how to know an integration's calls. Every key given must hold;
@@ -127,10 +208,11 @@ type Integration struct {
 type Match struct {
 	// Strong evidence, which a caller cannot choose freely.
 
-	AppID    []string       `yaml:"app_id"`   // verified client application id
-	User     []string       `yaml:"user"`     // verified object id or user principal name
-	Listener []string       `yaml:"listener"` // Listener.Label
-	Source   []netip.Prefix `yaml:"source"`   // address or CIDR of the TCP peer
+	AppID      []string       `yaml:"app_id"`      // verified client application id
+	User       []string       `yaml:"user"`        // verified object id or user principal name
+	ClientCert []string       `yaml:"client_cert"` // exact subject alternative name (DNS, URI, mail or IP) or common name
+	Listener   []string       `yaml:"listener"`    // Listener.Label
+	Source     []netip.Prefix `yaml:"source"`      // address or CIDR of the TCP peer
 
 	// Weak evidence, which anyone can claim. It names a call but cannot loosen
 	// what holds for it.
@@ -163,6 +245,10 @@ type Entra struct {
 	// Empty is the cloud's. Issuers stay the cloud's in any case.
 	Authority string `yaml:"authority"`
 
+	// CA is a PEM file of CAs to trust for Authority besides the system's, for
+	// networks whose proxy opens TLS. Empty: only the system's.
+	CA string `yaml:"ca"`
+
 	// Leeway is how far exp and nbf may lie from our clock. Default 5m; here 0
 	// means none.
 	Leeway time.Duration `yaml:"leeway"`
@@ -193,23 +279,56 @@ type Upstream struct {
 	// HTTP2 offers HTTP/2. Default false.
 	HTTP2 bool `yaml:"http2"`
 
-	// CA is a PEM file of the certificates to trust in place of the system's. A
-	// relative path starts at the directory of the configuration file.
+	// CA is a PEM file of CAs to trust besides the system's, for networks whose proxy
+	// opens TLS.
 	CA string `yaml:"ca"`
 
 	// Audiences are the aud values accepted for this upstream. Empty is the
-	// cloud's resource URI, the same with a slash, and Partner Center's
-	// application id.
+	// cloud's resource URI, the same with a slash, and the application id of the
+	// API.
 	Audiences []string `yaml:"audiences"`
+
+	// Hosts are Host headers, without port, that choose this upstream on any
+	// listener. The host of URL does so too; see Config.Hosts.
+	Hosts []string `yaml:"hosts"`
+
+	// RewriteLinks leads absolute links to the upstream's own host in its answers
+	// back through the guard. Default true in a file.
+	RewriteLinks bool `yaml:"rewrite_links"`
 }
 
-// Timeouts bound the single steps of a call; all but Drain must be above zero.
+// preset is what a file's upstream begins with.
+func (u *Upstream) preset() { u.RewriteLinks = true }
+
+// Limits bound what one client or integration can take of the guard.
+type Limits struct {
+	// Connections that a listener serves at a time; one more is closed at once.
+	// Default 10000; 0: no limit.
+	Connections int `yaml:"connections" restart:"any"`
+
+	// Calls of an integration in flight at a time; one more is refused, in every
+	// mode. Default 0: no limit.
+	Calls int `yaml:"calls"`
+
+	// Headers is the largest request header, 8KiB to 1MiB. Default 64KiB.
+	Headers Size `yaml:"headers" restart:"any"`
+}
+
+// Timeouts bound the single steps of a call; all but Drain and Unready must be
+// above zero.
 type Timeouts struct {
-	Dial           time.Duration `yaml:"dial"`            // TCP connection to the upstream; default 10s
-	TLS            time.Duration `yaml:"tls"`             // TLS handshake with the upstream; default 10s
-	ResponseHeader time.Duration `yaml:"response_header"` // from the request sent to the response header; default 200s
-	Idle           time.Duration `yaml:"idle"`            // an unused connection; default 90s
-	Drain          time.Duration `yaml:"drain"`           // calls in flight at shutdown; default 30s, 0 cuts them off
+	Dial           time.Duration `yaml:"dial"`                      // TCP connection to the upstream; default 10s
+	TLS            time.Duration `yaml:"tls"`                       // TLS handshake with the upstream; default 10s
+	ResponseHeader time.Duration `yaml:"response_header"`           // from the request sent to the response header; default 200s
+	Idle           time.Duration `yaml:"idle"`                      // an unused connection to the upstream; default 90s
+	ReadHeader     time.Duration `yaml:"read_header" restart:"any"` // a client's request header; default 30s
+	KeepAlive      time.Duration `yaml:"keep_alive" restart:"any"`  // an unused connection of a client; default 120s
+	Body           time.Duration `yaml:"body"`                      // without a byte of a body moving, either way; default 2m
+	Drain          time.Duration `yaml:"drain"`                     // calls in flight at shutdown; default 30s, 0 cuts them off
+
+	// Unready is how long readiness fails at shutdown before the listeners close,
+	// so that a balancer that watches it stops sending. Default 5s.
+	Unready time.Duration `yaml:"unready"`
 }
 
 // ValidateMFA says which app+user calls ask Microsoft for its own verdict.
@@ -266,11 +385,38 @@ type Size int64
 // Store is the view of the ledger that reports search.
 type Store struct{}
 
-// Admin is the listener of health, metrics and console.
+// Admin is the listener of health, metrics and console. Off loopback it needs TLS
+// and one of Token and ClientCA, or InsecureClearText and Token.
 type Admin struct {
-	// Address is host:port on loopback. Default 127.0.0.1:9090.
-	Address string `yaml:"address"`
+	// Address is host:port. Default 127.0.0.1:9090.
+	Address string `yaml:"address" restart:"any"`
+
+	// Token is the bearer token that opens it. Empty: none does.
+	Token Secret `yaml:"token"`
+
+	// TLS serves HTTPS, by certificate files; nil serves clear text.
+	TLS *TLS `yaml:"tls" restart:"presence"`
+
+	// ClientCA is a PEM file of CAs any of whose client certificates opens it.
+	// Needs TLS. Empty: none does.
+	ClientCA string `yaml:"client_ca"`
+
+	// Hosts are the names and IP addresses, without port, that it answers to besides
+	// localhost and the host of Address, so that no web page can point a name of its
+	// own here. Calls with Token may use any, those with a client certificate also
+	// the names of TLS.
+	Hosts []string `yaml:"hosts"`
+
+	// InsecureClearText allows clear text off loopback, where whoever sees the
+	// traffic sees the token and the records.
+	InsecureClearText bool `yaml:"insecure_clear_text"`
 }
+
+// Let's Encrypt's directories.
+const (
+	letsEncrypt        = "https://acme-v02.api.letsencrypt.org/directory"
+	letsEncryptStaging = "https://acme-staging-v02.api.letsencrypt.org/directory"
+)
 
 // Default returns what runs without a file: audit of any tenant on
 // 127.0.0.1:8080, admin on 127.0.0.1:9090.
@@ -346,6 +492,7 @@ func (c *Config) Policy() (*policy.Policy, error) {
 			Match: policy.Match{
 				AppID:       in.Match.AppID,
 				User:        in.Match.User,
+				ClientCert:  in.Match.ClientCert,
 				Listener:    in.Match.Listener,
 				Source:      in.Match.Source,
 				Host:        in.Match.Host,
@@ -368,19 +515,30 @@ func defaults() *Config {
 		Cloud:     "global",
 		Mode:      policy.Audit,
 		Listeners: []Listener{{Address: "127.0.0.1:8080"}},
+		ACME: ACME{
+			Directory:   letsEncrypt,
+			Challenges:  []string{HTTP01, TLSALPN01},
+			HTTPPort:    80,
+			TLSALPNPort: 443,
+		},
 		Entra: Entra{
 			Leeway:         5 * time.Minute,
 			MaxStale:       7 * day,
 			MFAValues:      policy.DefaultMFAValues(),
 			OnUnverifiable: policy.AsMode,
 		},
-		Upstreams: map[string]Upstream{PartnerCenter: {}},
+		Upstreams: map[string]Upstream{PartnerCenter: {RewriteLinks: true}},
+		Limits:    Limits{Connections: 10_000, Headers: 64 << 10},
 		Timeouts: Timeouts{
 			Dial:           10 * time.Second,
 			TLS:            10 * time.Second,
 			ResponseHeader: 200 * time.Second,
 			Idle:           90 * time.Second,
+			ReadHeader:     30 * time.Second,
+			KeepAlive:      120 * time.Second,
+			Body:           2 * time.Minute,
 			Drain:          30 * time.Second,
+			Unready:        5 * time.Second,
 		},
 		ValidateMFA: ValidateReads,
 		Ledger: Ledger{
@@ -394,55 +552,44 @@ func defaults() *Config {
 	}
 }
 
-// complete fills in what was left out and depends on other keys, and drops the
-// slash that people end a URL with.
+// complete fills in what was left out and depends on other keys, and writes names
+// of hosts and URLs the one way they are compared.
 func (c *Config) complete() {
 	c.Entra.Authority = strings.TrimSuffix(c.Entra.Authority, "/")
 	for i := range c.Listeners {
 		l := &c.Listeners[i]
 		l.Upstream = cmp.Or(l.Upstream, PartnerCenter)
-	}
-	for name, u := range c.Upstreams {
-		if name == PartnerCenter {
-			resource := partnerCenterResource(c.Cloud)
-			u.URL = cmp.Or(u.URL, resource)
-			if len(u.Audiences) == 0 {
-				u.Audiences = []string{resource, resource + "/", partnerCenterAppID}
-			}
+		if l.TLS != nil {
+			l.TLS.ACME = lowered(l.TLS.ACME)
 		}
+	}
+	c.Admin.Hosts = lowered(c.Admin.Hosts)
+	for name, u := range c.Upstreams {
 		u.URL = strings.TrimSuffix(u.URL, "/")
+		resource, appID := api(name, c.Cloud, u.URL)
+		u.URL = cmp.Or(u.URL, resource)
+		if len(u.Audiences) == 0 && resource != "" {
+			u.Audiences = []string{resource, resource + "/", appID}
+		}
+		u.Hosts = lowered(u.Hosts)
 		c.Upstreams[name] = u
 	}
 }
 
-// partnerCenterAppID is Partner Center's application id, which v2 tokens and
-// clients that ask for it by id carry as audience.
-const partnerCenterAppID = "fa3d9a0c-3fb0-42cc-9193-47c7ecd2edbd"
-
-// partnerCenterResource is Partner Center's address and resource URI in cloud. US
-// Government partners use the global one.
-func partnerCenterResource(cloud string) string {
-	if cloud == "china" {
-		return "https://partner.partnercenterapi.microsoftonline.cn"
+// lowered returns names in lower case, and nil for none of them.
+func lowered(names []string) []string {
+	var low []string
+	for _, name := range names {
+		low = append(low, strings.ToLower(name))
 	}
-	return "https://api.partnercenter.microsoft.com"
+	return low
 }
 
 // resolvePaths makes the relative paths in c start at dir.
 func (c *Config) resolvePaths(dir string) {
-	resolve := func(path *string) {
-		if *path != "" && !filepath.IsAbs(*path) {
-			*path = filepath.Join(dir, *path)
+	c.eachFile(func(_ string, file *string) {
+		if !filepath.IsAbs(*file) {
+			*file = filepath.Join(dir, *file)
 		}
-	}
-	for i := range c.Listeners {
-		if t := c.Listeners[i].TLS; t != nil {
-			resolve(&t.Certificate)
-			resolve(&t.Key)
-		}
-	}
-	for name, u := range c.Upstreams {
-		resolve(&u.CA)
-		c.Upstreams[name] = u
-	}
+	})
 }

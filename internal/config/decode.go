@@ -217,7 +217,7 @@ func (d *decoder) isMapping(n ast.Node, path string) bool {
 }
 
 // mapping decodes n into a map by name; values are decoded over those that dst
-// already holds.
+// already holds, or over their preset.
 func (d *decoder) mapping(n ast.Node, path string, dst reflect.Value) {
 	for _, e := range d.entries(n, path) {
 		at, key := join(path, e.key), reflect.ValueOf(e.key)
@@ -225,6 +225,8 @@ func (d *decoder) mapping(n ast.Node, path string, dst reflect.Value) {
 		v := reflect.New(dst.Type().Elem()).Elem()
 		if old := dst.MapIndex(key); old.IsValid() {
 			v.Set(old)
+		} else if p, ok := v.Addr().Interface().(interface{ preset() }); ok {
+			p.preset()
 		}
 		d.value(e.value, at, v)
 		dst.SetMapIndex(key, v)
@@ -331,7 +333,8 @@ func (d *decoder) merged(n ast.Node, path string) []entry {
 }
 
 // resolve follows anchors and aliases to the value itself, or returns nil after
-// a problem.
+// a problem. That never repeats the text, which may be a secret that someone did
+// not quote.
 func (d *decoder) resolve(n ast.Node, path string) ast.Node {
 	for {
 		if d.nodes++; d.nodes > maxNodes {
@@ -347,13 +350,13 @@ func (d *decoder) resolve(n ast.Node, path string) ast.Node {
 		case *ast.AliasNode:
 			target := d.anchor(v)
 			if target == nil {
-				d.addAt(start(v), path, fmt.Sprintf("*%s refers to no anchor before it", v.Value.GetToken().Value), "quote the value if it is no alias")
+				d.addAt(start(v), path, "is an alias of no anchor before it", "quote the value if it only begins with *")
 				d.failed[path] = true
 				return nil
 			}
 			n = target.Value
 		case *ast.TagNode:
-			d.addAt(start(v), path, fmt.Sprintf("the tag %s is not understood", v.GetToken().Value), "remove it, and quote the value to make it text")
+			d.addAt(start(v), path, "has a tag, which is not understood", "remove it, or quote the value if it only begins with !")
 			d.failed[path] = true
 			return nil
 		default:

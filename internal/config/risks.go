@@ -2,6 +2,8 @@ package config
 
 import (
 	"fmt"
+	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -10,7 +12,8 @@ import (
 )
 
 // Risks says in plain sentences what a valid c accepts that a reader may not
-// expect, at the time now. It may be empty.
+// expect, at the time now. It looks at the modes of the files that c names, and
+// may be empty.
 func (c *Config) Risks(now time.Time) []string {
 	var risks []string
 	risk := func(format string, args ...any) { risks = append(risks, fmt.Sprintf(format, args...)) }
@@ -23,9 +26,27 @@ func (c *Config) Risks(now time.Time) []string {
 		risk("tenants is empty: tokens of any tenant are accepted, checked against the keys all tenants share. List the partner tenants before using tag or enforce.")
 	}
 	for i, l := range c.Listeners {
-		if a, err := parseAddress(l.Address); err == nil && l.InsecureClearText && !a.loopback() {
+		off := offLoopback(l.Address)
+		if l.InsecureClearText && off {
 			risk("listeners[%d] (%s) takes bearer tokens in clear text: whoever sees the traffic can use them.", i, l.Label())
 		}
+		if l.ClientCA != "" && l.ClientCRL == "" {
+			risk("listeners[%d] (%s) has no client_crl: a revoked client certificate is accepted until it expires.", i, l.Label())
+		}
+	}
+	if c.Limits.Connections == 0 {
+		risk("limits.connections is 0: one client can open connections until the guard has no file descriptors left for others.")
+	}
+	if c.Limits.Calls > 0 {
+		risk("limits.calls is %d: calls of an integration over it are refused, in mode audit too.", c.Limits.Calls)
+	}
+	for _, in := range c.Integrations {
+		if in.MaxCalls != nil && *in.MaxCalls > 0 {
+			risk("max_calls of integration %q is %d: its calls over it are refused, in mode audit too.", in.Name, *in.MaxCalls)
+		}
+	}
+	if c.ACME.Directory == letsEncryptStaging {
+		risk("acme.directory is Let's Encrypt's staging: no client trusts its certificates.")
 	}
 	if enforces && c.Entra.OnUnverifiable == policy.ForwardUnverifiable {
 		risk("entra.on_unverifiable is forward: where calls are enforced, opaque and encrypted tokens pass without any proof, and anyone can send one.")
@@ -33,6 +54,16 @@ func (c *Config) Risks(now time.Time) []string {
 	if c.Entra.Authority != "" {
 		risk("entra.authority is %s: whoever controls it decides which tokens are valid.", c.Entra.Authority)
 	}
+	if c.Entra.CA != "" {
+		risk("entra.ca is trusted for Entra's keys: whoever can sign with it decides which tokens are valid.")
+	}
+	for _, name := range upstreams()[1:] {
+		if u, ok := c.Upstreams[name]; ok && !u.RewriteLinks {
+			risk("upstreams.%s.rewrite_links is false: clients that follow links in its answers go past the guard.", name)
+		}
+	}
+	risks = append(risks, c.adminRisks()...)
+	risks = append(risks, c.fileRisks()...)
 	risks = append(risks, c.weakRisks()...)
 	for _, r := range c.Rules {
 		if now.Before(r.From) {
@@ -46,9 +77,43 @@ func (c *Config) Risks(now time.Time) []string {
 		risk("validate_mfa is off: Microsoft is not asked whether it counts a call as MFA compliant, so its verdict is missing in reports.")
 	}
 	if c.Ledger.FSync != FSyncAlways {
-		risk("ledger.fsync is %s: a power loss can lose that much of the ledger; a crash of the program loses nothing.", time.Duration(c.Ledger.FSync))
+		risk("ledger.fsync is %s: a power loss can lose that much of the ledger; a crash of the program loses nothing.", c.Ledger.FSync)
 	}
 	return risks
+}
+
+// adminRisks says who else may read records.
+func (c *Config) adminRisks() []string {
+	var risks []string
+	if c.Admin.InsecureClearText && offLoopback(c.Admin.Address) {
+		risks = append(risks, "admin.insecure_clear_text: whoever sees the traffic of "+c.Admin.Address+" can read its token and the records.")
+	}
+	if c.Admin.ClientCA != "" {
+		risks = append(risks, "admin.client_ca: every client certificate of these CAs opens the console with the records of all integrations, a revoked one until it expires.")
+	}
+	return risks
+}
+
+// fileRisks names the keys and secrets in files that others on this machine may
+// read or change.
+func (c *Config) fileRisks() []string {
+	var risks []string
+	c.eachFile(func(key string, file *string) {
+		if !strings.HasSuffix(key, ".key") && !strings.HasSuffix(key, ".mac_key") && !strings.HasSuffix(key, ".token") {
+			return
+		}
+		const others = 0o027 // group may read, not write
+		info, err := os.Stat(*file)
+		if err == nil && info.Mode().Perm()&others != 0 && runtime.GOOS != "windows" {
+			risks = append(risks, fmt.Sprintf("%s: the file %s (mode %#o) can be used by others on this machine; 0600 keeps it to its owner.", key, *file, info.Mode().Perm()))
+		}
+	})
+	return risks
+}
+
+func offLoopback(s string) bool {
+	a, err := parseAddress(s)
+	return err == nil && !a.loopback()
 }
 
 // enforces reports whether any call is or will be enforced.
@@ -92,7 +157,7 @@ func (c *Config) strong(in Integration) bool {
 	m := in.Match
 	// Anyone can sign in with one of Microsoft's own applications.
 	microsoft := func(id string) bool { return policy.FirstParty(strings.ToLower(id)) }
-	return len(m.User) > 0 || len(m.Listener) > 0 || len(m.Source) > 0 ||
+	return len(m.User) > 0 || len(m.ClientCert) > 0 || len(m.Listener) > 0 || len(m.Source) > 0 ||
 		len(m.AppID) > 0 && !slices.ContainsFunc(m.AppID, microsoft)
 }
 

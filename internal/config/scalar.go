@@ -52,6 +52,11 @@ func newScalar(dst reflect.Value) (s scalar, ok bool) {
 		return parsed(dst, parseTime, "time", "write it as 2026-12-01T00:00:00Z, or as the date 2026-12-01"), true
 	case *netip.Prefix:
 		return parsed(dst, parsePrefix, "network", "write an address, or the first one of a network with its length: 10.1.2.3, 10.1.0.0/16"), true
+	case *Secret:
+		return scalar{hint: "write file:PATH or env:NAME", set: func(text string, _ bool) (string, string) {
+			*dst = Secret(text)
+			return "", ""
+		}}, true
 	case *policy.Mode:
 		return parsed(dst, policy.ParseMode, "mode", "write audit, tag or enforce"), true
 	case *policy.OnUnverifiable:
