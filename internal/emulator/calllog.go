@@ -10,9 +10,10 @@ import (
 // maxRequests bounds the memory of an emulator that runs for days.
 const maxRequests = 100_000
 
-// Request is one request that reached Partner Center.
+// Request is one request that reached one of the APIs.
 type Request struct {
 	Time       time.Time
+	API        string // PartnerCenter, PartnerAPI or Graph
 	Method     string
 	Target     string // the raw request-target
 	Host       string
@@ -41,9 +42,10 @@ func newCallLog() *callLog {
 }
 
 // add records r's arrival. The entry may be changed through update only.
-func (l *callLog) add(r *http.Request) *Request {
+func (l *callLog) add(api string, r *http.Request) *Request {
 	entry := &Request{
 		Time:   time.Now(),
+		API:    api,
 		Method: r.Method,
 		Target: r.RequestURI,
 		Host:   r.Host,

@@ -93,7 +93,7 @@ func (e *Emulator) Token(name string) (string, error) {
 	case AppOpaque:
 		spec.Opaque = true
 	}
-	return e.Mint(spec), nil
+	return e.issueToken(spec), nil
 }
 
 // grant is what a refresh token stands for.

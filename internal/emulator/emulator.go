@@ -1,6 +1,7 @@
 // Package emulator is a stand-in for Microsoft's side of a Partner Center
-// integration: Entra (discovery documents, key sets, token endpoints) and the
-// Partner Center REST API. It serves the demo, the emulate command and the tests.
+// integration: Entra (discovery documents, key sets, token endpoints), the Partner
+// Center REST API, and what of the Partner API and Microsoft Graph belongs to it. It
+// serves the demo, the emulate command and the tests.
 //
 // It shares no code with what it exercises: it signs and checks tokens, matches
 // routes and shapes errors by itself, on the standard library. It is made to
@@ -25,6 +26,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -36,10 +38,14 @@ const DefaultTenant = "1b2c3d4e-0a1b-4c2d-8e3f-901234567890"
 // http and https on free loopback ports and refuses no call for lack of MFA.
 type Config struct {
 	// The addresses to listen on; empty means 127.0.0.1:0, a free port.
-	EntraAddress      string
-	EntraTLSAddress   string
-	PartnerAddress    string
-	PartnerTLSAddress string
+	EntraAddress         string
+	EntraTLSAddress      string
+	PartnerAddress       string
+	PartnerTLSAddress    string
+	PartnerAPIAddress    string
+	PartnerAPITLSAddress string
+	GraphAddress         string
+	GraphTLSAddress      string
 
 	// Tenants are the partner tenants; the first is the home of the sample
 	// users and apps. Empty means DefaultTenant.
@@ -61,6 +67,15 @@ type Config struct {
 	// Zero means never.
 	ThrottleEvery int
 
+	// PageSize is how many items a page of referrals, of Insights reports or of
+	// Graph's relationships has. Zero means 100, as in the Partner API.
+	PageSize int
+
+	// OwnLinks makes the absolute links of the APIs lead to the listener that the
+	// request came to. By default they have Microsoft's host names, as the originals
+	// do: who follows one leaves the emulator.
+	OwnLinks bool
+
 	// Seed varies the sample data and everything else that looks random but
 	// must repeat: bodies, refresh tokens, the phase of the exposure.
 	Seed uint64
@@ -68,6 +83,11 @@ type Config struct {
 	// PublicPartnerURL is the base URL that Recipe tells people to call, for
 	// instance a proxy in front. Empty means PartnerURL.
 	PublicPartnerURL string
+
+	// PublicPartnerAPIURL and PublicGraphURL are the same for the Partner API and
+	// Graph. Empty leaves the API out of the Recipe.
+	PublicPartnerAPIURL string
+	PublicGraphURL      string
 }
 
 // Emulator is a running emulator. Its methods are safe for concurrent use.
@@ -77,10 +97,10 @@ type Emulator struct {
 	dir     *directory
 	calls   *callLog
 	partner *partner
+	format  atomic.Int64 // TokenFormat
 	caPEM   []byte
 
-	entraURL, entraTLSURL     string
-	partnerURL, partnerTLSURL string
+	entraURL, entraTLSURL string
 
 	stop    context.CancelFunc // ends stalls and hanging key fetches
 	servers []*http.Server
@@ -92,7 +112,10 @@ func Start(cfg Config) (*Emulator, error) {
 	if len(cfg.Tenants) == 0 {
 		cfg.Tenants = []string{DefaultTenant}
 	}
-	ca, err := newAuthority()
+	if cfg.PageSize <= 0 {
+		cfg.PageSize = 100
+	}
+	ca, err := newAuthority(30 * 24 * time.Hour)
 	if err != nil {
 		return nil, fmt.Errorf("create throw-away CA: %w", err)
 	}
@@ -108,6 +131,7 @@ func Start(cfg Config) (*Emulator, error) {
 	e.keys.fetched = e.calls.broadcast
 	e.partner = newPartner(e)
 	entra := http.HandlerFunc(e.serveEntra)
+	center, partnerAPI, graph := e.partner.center, e.partner.partnerAPI, e.partner.graph
 	listeners := []struct {
 		address string
 		tls     bool
@@ -116,8 +140,12 @@ func Start(cfg Config) (*Emulator, error) {
 	}{
 		{cfg.EntraAddress, false, entra, &e.entraURL},
 		{cfg.EntraTLSAddress, true, entra, &e.entraTLSURL},
-		{cfg.PartnerAddress, false, e.partner, &e.partnerURL},
-		{cfg.PartnerTLSAddress, true, e.partner, &e.partnerTLSURL},
+		{cfg.PartnerAddress, false, center, &center.url},
+		{cfg.PartnerTLSAddress, true, center, &center.tlsURL},
+		{cfg.PartnerAPIAddress, false, partnerAPI, &partnerAPI.url},
+		{cfg.PartnerAPITLSAddress, true, partnerAPI, &partnerAPI.tlsURL},
+		{cfg.GraphAddress, false, graph, &graph.url},
+		{cfg.GraphTLSAddress, true, graph, &graph.tlsURL},
 	}
 	for _, l := range listeners {
 		address := l.address
@@ -171,22 +199,35 @@ func (e *Emulator) EntraURL() string { return e.entraURL }
 func (e *Emulator) EntraTLSURL() string { return e.entraTLSURL }
 
 // PartnerURL is the base URL of Partner Center over http, without a trailing slash.
-func (e *Emulator) PartnerURL() string { return e.partnerURL }
+func (e *Emulator) PartnerURL() string { return e.partner.center.url }
 
 // PartnerTLSURL is the base URL of Partner Center over https; it speaks
 // HTTP/1.1 and HTTP/2.
-func (e *Emulator) PartnerTLSURL() string { return e.partnerTLSURL }
+func (e *Emulator) PartnerTLSURL() string { return e.partner.center.tlsURL }
+
+// PartnerAPIURL is the base URL of the Partner API over http, without a trailing
+// slash.
+func (e *Emulator) PartnerAPIURL() string { return e.partner.partnerAPI.url }
+
+// PartnerAPITLSURL is the base URL of the Partner API over https.
+func (e *Emulator) PartnerAPITLSURL() string { return e.partner.partnerAPI.tlsURL }
+
+// GraphURL is the base URL of Graph over http, without a trailing slash.
+func (e *Emulator) GraphURL() string { return e.partner.graph.url }
+
+// GraphTLSURL is the base URL of Graph over https.
+func (e *Emulator) GraphTLSURL() string { return e.partner.graph.tlsURL }
 
 // CAPEM is the certificate of the throw-away CA behind the https listeners. The
-// listeners' certificate is valid for localhost, 127.0.0.1, ::1,
-// login.microsoftonline.com and api.partnercenter.microsoft.com.
+// listeners' certificate is valid for localhost, 127.0.0.1, ::1 and the names of
+// Microsoft's global hosts.
 func (e *Emulator) CAPEM() []byte { return e.caPEM }
 
-// Requests returns what reached Partner Center since the last Reset, in order
-// of arrival; of more than 100,000 the oldest are forgotten.
+// Requests returns what reached the APIs since the last Reset, in order of
+// arrival; of more than 100,000 the oldest are forgotten.
 func (e *Emulator) Requests() []Request { return e.calls.snapshot() }
 
-// Count returns how many requests reached Partner Center since the last Reset.
+// Count returns how many requests reached the APIs since the last Reset.
 func (e *Emulator) Count() int { return e.calls.count() }
 
 // Reset forgets the Requests. Tokens, resources, exposure and what the Security
@@ -218,7 +259,9 @@ type authority struct {
 	leaf tls.Certificate
 }
 
-func newAuthority() (*authority, error) {
+// newAuthority returns a CA whose leaf expires after validity; a negative one makes
+// it a leaf that expired so long ago.
+func newAuthority(validity time.Duration) (*authority, error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -227,7 +270,7 @@ func newAuthority() (*authority, error) {
 	root := &x509.Certificate{
 		SerialNumber:          big.NewInt(now.UnixNano()),
 		Subject:               pkix.Name{CommonName: "partnerguard emulator CA (throw-away)"},
-		NotBefore:             now.Add(-time.Hour),
+		NotBefore:             now.Add(min(validity, 0) - time.Hour),
 		NotAfter:              now.Add(30 * 24 * time.Hour),
 		IsCA:                  true,
 		BasicConstraintsValid: true,
@@ -244,11 +287,11 @@ func newAuthority() (*authority, error) {
 	leaf := &x509.Certificate{
 		SerialNumber: big.NewInt(now.UnixNano() + 1),
 		Subject:      pkix.Name{CommonName: "localhost"},
-		NotBefore:    root.NotBefore,
-		NotAfter:     root.NotAfter,
+		NotBefore:    now.Add(min(validity, 0) - time.Hour),
+		NotAfter:     now.Add(validity),
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-		DNSNames:     []string{"localhost", "login.microsoftonline.com", "api.partnercenter.microsoft.com"},
+		DNSNames:     []string{"localhost", "login.microsoftonline.com", hostPartnerCenter, hostPartnerAPI, hostGraph},
 		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback},
 	}
 	leafDER, err := x509.CreateCertificate(rand.Reader, leaf, root, leafKey.Public(), caKey)

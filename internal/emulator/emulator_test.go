@@ -155,6 +155,18 @@ func TestListenersAnswerOverBothSchemes(t *testing.T) {
 			t.Errorf("GET %s/v1/customers = %d %s", base, res.status, res.body)
 		}
 	}
+	token = bearer(e.Mint(TokenSpec{Audience: AudiencePartnerAPI}))
+	for _, base := range []string{e.PartnerAPIURL(), e.PartnerAPITLSURL()} {
+		if res := do(t, e, "GET", base+"/v1.0/engagements/referrals", "", token); res.status != 200 {
+			t.Errorf("GET %s/v1.0/engagements/referrals = %d %s", base, res.status, res.body)
+		}
+	}
+	token = bearer(e.Mint(TokenSpec{Audience: AudienceGraph}))
+	for _, base := range []string{e.GraphURL(), e.GraphTLSURL()} {
+		if res := do(t, e, "GET", base+"/v1.0/tenantRelationships/delegatedAdminRelationships", "", token); res.status != 200 {
+			t.Errorf("GET %s/v1.0/tenantRelationships/delegatedAdminRelationships = %d %s", base, res.status, res.body)
+		}
+	}
 	for _, base := range []string{e.EntraURL(), e.EntraTLSURL()} {
 		res := do(t, e, "GET", base+"/common/.well-known/openid-configuration", "")
 		if got, want := res.json(t)["jwks_uri"], base+"/common/discovery/keys"; got != want {
@@ -167,7 +179,8 @@ func TestCertificateCoversMicrosoftsNames(t *testing.T) {
 	e := start(t, Config{})
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(e.CAPEM())
-	for _, name := range []string{"localhost", "127.0.0.1", "login.microsoftonline.com", "api.partnercenter.microsoft.com"} {
+	for _, name := range []string{"localhost", "127.0.0.1", "login.microsoftonline.com", "api.partnercenter.microsoft.com",
+		"api.partner.microsoft.com", "graph.microsoft.com"} {
 		conn, err := tls.Dial("tcp", strings.TrimPrefix(e.PartnerTLSURL(), "https://"), &tls.Config{RootCAs: pool, ServerName: name})
 		if err != nil {
 			t.Errorf("handshake as %s: %v", name, err)

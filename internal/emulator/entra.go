@@ -322,7 +322,7 @@ func (q *tokenRequest) readResource(grantType string) (string, *entraFailure) {
 	}
 	known := []string{
 		AudiencePartnerCenter, AudiencePartnerCenterGUID, AudiencePartnerAPI, AudienceGraph, AudienceLegacyGraph,
-		"00000003-0000-0000-c000-000000000000", "4990cffe-04e8-4e8b-808a-1175604b879f",
+		AudienceGraphGUID, AudiencePartnerAPIGUID,
 	}
 	if !slices.Contains(known, strings.TrimSuffix(resource, "/")) {
 		return "", entraErr(http.StatusBadRequest, "invalid_resource", 500011,
@@ -349,13 +349,13 @@ func (e *Emulator) tokenAnswer(q *tokenRequest, user *User, amr []string) object
 	seconds := int64(tokenLifetime / time.Second)
 	if q.v2 {
 		if user != nil {
-			answer.set("scope", q.resource+"/user_impersonation "+q.resource+"/.default")
+			answer.set("scope", q.resource+"/"+strings.ReplaceAll(scopes(q.resource), " ", " "+q.resource+"/")+" "+q.resource+"/.default")
 		}
 		answer.set("expires_in", seconds)
 		answer.set("ext_expires_in", seconds)
 	} else {
 		if user != nil {
-			answer.set("scope", "user_impersonation")
+			answer.set("scope", scopes(q.resource))
 		}
 		answer.set("expires_in", strconv.FormatInt(seconds, 10))
 		answer.set("ext_expires_in", strconv.FormatInt(seconds, 10))
@@ -363,7 +363,7 @@ func (e *Emulator) tokenAnswer(q *tokenRequest, user *User, amr []string) object
 		answer.set("not_before", strconv.FormatInt(now.Unix(), 10))
 		answer.set("resource", q.resource)
 	}
-	answer.set("access_token", e.Mint(spec))
+	answer.set("access_token", e.issueToken(spec))
 	if user == nil {
 		return answer
 	}

@@ -30,22 +30,23 @@ const clockSkew = 5 * time.Minute
 // maxKeptBody bounds what a resource sees of a request body; all of it is hashed.
 const maxKeptBody = 1 << 20
 
-// partner answers for api.partnercenter.microsoft.com.
+// partner is what the APIs know of the partner and share.
 type partner struct {
 	e        *Emulator
-	routes   []route
 	exposure *exposure
 	state    *state
 	shape    atomic.Int64
 	refusals atomic.Int64 // refusals made so far; ShapeMixed counts on it
 	served   atomic.Int64 // calls met so far, for ThrottleEvery
 
+	center, partnerAPI, graph *api
+
 	mu     sync.Mutex
 	issued map[string]issuedToken // opaque and encrypted tokens
 	seen   []verdict              // what the Security APIs report, oldest first
 }
 
-// issuedToken is a bearer token that only Partner Center can read.
+// issuedToken is a bearer token that only the APIs can read.
 type issuedToken struct {
 	claims  map[string]any
 	expires time.Time
@@ -62,9 +63,10 @@ type verdict struct {
 	source                   string
 }
 
-// call is one request on its way through Partner Center.
+// call is one request on its way through an API.
 type call struct {
 	*partner
+	api    *api
 	r      *http.Request
 	params []string // values of the route's braces
 	body   []byte   // the first maxKeptBody bytes
@@ -82,15 +84,26 @@ func newPartner(e *Emulator) *partner {
 		issued:   map[string]issuedToken{},
 	}
 	p.setShape(e.cfg.Shape)
-	p.routes = p.table()
+	p.center = &api{
+		partner: p, name: PartnerCenter, host: hostPartnerCenter,
+		audiences: []string{AudiencePartnerCenter, AudiencePartnerCenterGUID}, routes: centerRoutes(),
+	}
+	p.partnerAPI = &api{
+		partner: p, name: PartnerAPI, host: hostPartnerAPI,
+		audiences: []string{AudiencePartnerAPI, AudiencePartnerAPIGUID}, routes: partnerAPIRoutes(),
+	}
+	p.graph = &api{
+		partner: p, name: Graph, host: hostGraph,
+		audiences: []string{AudienceGraph, AudienceGraphGUID}, routes: graphRoutes(),
+	}
 	return p
 }
 
 // ServeHTTP follows one call: it is noted, read, checked, and answered as the
 // resource, the enforcement of MFA and the Emulate header say.
-func (p *partner) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	entry := p.e.calls.add(r)
-	a := &answerer{p: p, w: w, r: r, entry: entry}
+func (p *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	entry := p.e.calls.add(p.name, r)
+	a := &answerer{p: p.partner, w: w, r: r, entry: entry}
 	hangUp := func() {
 		if !a.complete.Load() {
 			p.canceled(entry)
@@ -110,7 +123,7 @@ func (p *partner) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		a.send(script, jsonResponse(http.StatusBadRequest, object{{"message", err.Error()}}))
 		return
 	}
-	c := &call{partner: p, r: r}
+	c := &call{partner: p.partner, api: p, r: r}
 	if !script.noRead {
 		if err := p.read(c, entry); err != nil {
 			p.canceled(entry)
@@ -129,17 +142,19 @@ func (p *partner) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // answer decides what c gets.
-func (p *partner) answer(c *call, s script) response {
+func (p *api) answer(c *call, s script) response {
 	n := p.served.Add(1)
 	failure := p.authenticate(c)
-	if failure == nil && c.claims != nil {
-		p.note(c)
+	if failure == nil && c.claims != nil && p == p.center {
+		p.note(c) // the Security APIs tell of no other
 	}
 	switch {
 	case s.refuse >= 0:
 		return p.refusal(c, s.refuse)
+	case s.code != "":
+		return partnerError(codeStatus[s.code], s.code, "The emulator was asked for code "+s.code+".")
 	case s.status != 0:
-		return statusResponse(s.status)
+		return p.statusResponse(s.status)
 	case s.body >= 0:
 		return streamResponse("application/octet-stream", p.e.Large(s.body), s.body)
 	case p.e.cfg.ThrottleEvery > 0 && n%int64(p.e.cfg.ThrottleEvery) == 0:
@@ -152,14 +167,14 @@ func (p *partner) answer(c *call, s script) response {
 	route, params, known := p.match(c.r)
 	switch {
 	case !known:
-		return partnerError(http.StatusNotFound, "404", "The requested resource was not found.")
+		return p.errorResponse(http.StatusNotFound, "404", "The requested resource was not found.")
 	case route == nil:
-		return partnerError(http.StatusMethodNotAllowed, "405", "The requested resource does not support http method '"+c.r.Method+"'.")
+		return p.errorResponse(http.StatusMethodNotAllowed, "405", "The requested resource does not support http method '"+c.r.Method+"'.")
 	case route.userOnly && appOnly(c.claims):
-		return partnerError(http.StatusForbidden, "900329", "The resource does not support application-only authentication.")
+		return p.errorResponse(http.StatusForbidden, "900329", "The resource does not support application-only authentication.")
 	case !appOnly(c.claims) && !mfaCompliant(c.claims) &&
 		p.exposure.refuse(clientID(c.claims), claim(c.claims, "oid")):
-		return p.refusal(c, p.currentShape())
+		return p.refusal(c, p.refusalShape())
 	}
 	c.params = params
 	return route.handle(c)
@@ -200,8 +215,8 @@ func (p *partner) canceled(entry *Request) {
 	})
 }
 
-// common adds the headers of every answer. Their spelling is Partner Center's.
-func (p *partner) common(c *call, res *response) {
+// common adds the headers of every answer. Their spelling is the API's.
+func (p *api) common(c *call, res *response) {
 	echo := func(name string) string {
 		if v := c.r.Header.Get(name); v != "" {
 			return v
@@ -212,6 +227,15 @@ func (p *partner) common(c *call, res *response) {
 		if res.header[name] == nil {
 			res.header[name] = []string{value}
 		}
+	}
+	if p != p.center {
+		add("request-id", uuid.NewString())
+		add("client-request-id", echo("client-request-id"))
+		add("Strict-Transport-Security", "max-age=31536000")
+		if p == p.graph {
+			add("x-ms-ags-diagnostic", `{"ServerInfo":{"DataCenter":"West Europe","Slice":"E","Ring":"5","ScaleUnit":"001","RoleInstance":"AM4PEPF00000001"}}`)
+		}
+		return
 	}
 	add("MS-RequestId", echo("MS-RequestId"))
 	add("MS-CorrelationId", echo("MS-CorrelationId"))
@@ -224,57 +248,51 @@ func (p *partner) common(c *call, res *response) {
 	}
 }
 
-// authenticate fills c.claims, or returns the answer to a token that
-// Partner Center does not take.
-func (p *partner) authenticate(c *call) *response {
-	fail := func(res response, challenge string) *response {
-		res.header["Www-Authenticate"] = []string{challenge}
+// authenticate fills c.claims, or returns the answer to a token that the API does
+// not take.
+func (p *api) authenticate(c *call) *response {
+	fail := func(code, text string) *response {
+		res := p.unauthorized(code, text)
 		return &res
 	}
-	const invalid = `Bearer error="invalid_token"`
 	values := c.r.Header.Values("Authorization")
 	scheme, token := "", ""
 	if len(values) > 0 {
 		scheme, token, _ = strings.Cut(values[0], " ")
 	}
 	if !strings.EqualFold(scheme, "Bearer") || strings.TrimSpace(token) == "" {
-		return fail(partnerError(http.StatusUnauthorized, "800001", "The partner token is missing in the request context."),
-			"OAuth realm=urn:cpsvc:cpid:"+guid("cpid"))
+		return fail("800001", "The partner token is missing in the request context.")
 	}
 	c.token = strings.TrimSpace(token)
 	claims, err := p.claimsOf(c.token)
 	if err != nil {
-		return fail(partnerError(http.StatusUnauthorized, "400", "Access denied. "+err.Error()), invalid)
+		return fail("400", "Access denied. "+err.Error())
 	}
 	now := time.Now()
 	exp, _ := claims["exp"].(float64)
 	nbf, _ := claims["nbf"].(float64)
 	switch {
 	case now.Add(-clockSkew).Unix() >= int64(exp):
-		return fail(gatewayError(http.StatusUnauthorized, "Unauthorized: Access token is expired."), invalid)
+		return fail("", "Access token is expired.")
 	case now.Add(clockSkew).Unix() < int64(nbf):
-		return fail(gatewayError(http.StatusUnauthorized, "Unauthorized: Access token is not valid yet."), invalid)
+		return fail("", "Access token is not valid yet.")
 	}
 	audience := strings.TrimSuffix(claim(claims, "aud"), "/")
 	tenant := claim(claims, "tid")
 	iss := claim(claims, "iss")
 	switch {
-	case audience == AudienceLegacyGraph:
-		return fail(partnerError(http.StatusUnauthorized, "900420", "The audience '"+claim(claims, "aud")+
-			"' in the token is invalid and is no longer supported in Partner Center API."), invalid)
-	case audience == AudiencePartnerCenter || audience == AudiencePartnerCenterGUID:
-	case audience == AudiencePartnerAPI && strings.HasPrefix(c.r.URL.Path, "/v1.0/"):
-	default:
-		return fail(gatewayError(http.StatusUnauthorized, "Unauthorized: Invalid Authorization header, incorrect audience"), invalid)
-	}
-	if !slices.Contains(p.e.cfg.Tenants, tenant) || iss != issuer(tenant, true) && iss != issuer(tenant, false) {
-		return fail(partnerError(http.StatusUnauthorized, "400", "Access denied. The issuer or tenant is not valid."), invalid)
+	case audience == AudienceLegacyGraph && p == p.center:
+		return fail("900420", "The audience '"+claim(claims, "aud")+"' in the token is invalid and is no longer supported in Partner Center API.")
+	case !slices.Contains(p.audiences, audience):
+		return fail("", "Invalid Authorization header, incorrect audience")
+	case !slices.Contains(p.e.cfg.Tenants, tenant) || iss != issuer(tenant, true) && iss != issuer(tenant, false):
+		return fail("400", "Access denied. The issuer or tenant is not valid.")
 	}
 	c.claims = claims
 	return nil
 }
 
-// claimsOf reads a token that Entra signed or Partner Center issued.
+// claimsOf reads a token that Entra signed or that only the APIs can read.
 func (p *partner) claimsOf(token string) (map[string]any, error) {
 	p.mu.Lock()
 	issued, ok := p.issued[token]
@@ -457,7 +475,7 @@ func newRoute(method, path string, userOnly bool, handle func(*call) response) r
 
 // match finds the route of a request. known is true when another method of the
 // path exists.
-func (p *partner) match(r *http.Request) (found *route, params []string, known bool) {
+func (p *api) match(r *http.Request) (found *route, params []string, known bool) {
 	var segments []string
 	for s := range strings.SplitSeq(r.URL.EscapedPath(), "/") {
 		if s == "" {

@@ -425,7 +425,6 @@ func TestResources(t *testing.T) {
 		{"GET", "/v1/auditrecords?startDate=2026-06-01", "", 200, body("FulfillmentService")},
 		{"HEAD", "/v1/domains/contoso", "", 200, body("")},
 		{"HEAD", "/v1/domains/free-name", "", 404, body("")},
-		{"GET", "/v1.0/engagements/referrals", "", 200, body("http://api.partner.microsoft.com/")},
 		{"GET", "/v1/nothing", "", 404, body(`"code":"404"`)},
 		{"DELETE", "/v1/invoices", "", 405, body(`"code":"405"`)},
 		{"GET", "/v1/_large?bytes=x", "", 400, body("bytes")},
@@ -476,7 +475,7 @@ func TestAsynchronousWorkTakesItsTime(t *testing.T) {
 func TestPriceSheetIsZippedForDeflate(t *testing.T) {
 	e := start(t, Config{})
 	token := bearer(e.Mint(TokenSpec{Audience: AudiencePartnerAPI}))
-	target := e.PartnerURL() + "/v1.0/sales/pricesheets(Market='US',PricesheetView='updatedlicensebased')/$value"
+	target := e.PartnerAPIURL() + "/v1.0/sales/pricesheets(Market='US',PricesheetView='updatedlicensebased')/$value"
 	if res := do(t, e, "GET", target, "", token); !strings.HasPrefix(res.body, "ProductTitle,") || len(res.body) < 1<<20 {
 		t.Errorf("without deflate: %d, %d bytes, %.40q", res.status, len(res.body), res.body)
 	}
@@ -557,7 +556,7 @@ func TestRequestsAreKeptAsTheyCame(t *testing.T) {
 	res.Body.Close()
 	got := e.Requests()[0]
 	sum := sha256.Sum256([]byte("abc"))
-	want := Request{Method: "POST", Target: "/v1//_upload?a=%41&b", Host: "api.partnercenter.microsoft.com", Proto: "HTTP/1.1",
+	want := Request{API: PartnerCenter, Method: "POST", Target: "/v1//_upload?a=%41&b", Host: "api.partnercenter.microsoft.com", Proto: "HTTP/1.1",
 		Header:  http.Header{"Authorization": {"Bearer " + token}, "X-Twice": {"1", "2"}},
 		Trailer: http.Header{"X-End": {"yes"}}, BodyBytes: 3, BodySHA256: hex.EncodeToString(sum[:]), Status: 200}
 	got.Time, got.Finished = time.Time{}, time.Time{}
@@ -657,6 +656,9 @@ func TestScriptedAnswers(t *testing.T) {
 		{"early-hints", 200, func(a answer) bool { return a.header.Get("Link") == "" }},
 		{"no-read", 200, func(answer) bool { return true }},
 		{"stall=1ms,stall-body=1ms", 200, func(a answer) bool { return strings.Contains(a.body, "totalCount") }},
+		{"code=900309", 403, func(a answer) bool { return strings.Contains(a.body, `"code":"900309"`) }},
+		{"code=10001", 401, func(a answer) bool { return strings.Contains(a.body, `"code":"10001"`) }},
+		{"code=1", 400, func(a answer) bool { return strings.Contains(a.body, "unknown code") }},
 		{"dance", 400, func(a answer) bool { return strings.Contains(a.body, "unknown directive") }},
 		{"refuse=politely", 400, func(a answer) bool { return strings.Contains(a.body, "unknown shape") }},
 		{"status=99", 400, func(a answer) bool { return strings.Contains(a.body, "out of range") }},

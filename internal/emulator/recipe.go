@@ -12,7 +12,7 @@ func (e *Emulator) Recipe(w io.Writer) error {
 	var b strings.Builder
 	tenant, api := e.cfg.Tenants[0], e.cfg.PublicPartnerURL
 	if api == "" {
-		api = e.partnerURL
+		api = e.PartnerURL()
 	}
 	const pick = ` | sed -n 's/.*"access_token":"\([^"]*\)".*/\1/p')`
 	fmt.Fprintf(&b, "ENTRA=%s\nAPI=%s\n", e.entraURL, api)
@@ -52,15 +52,38 @@ curl -sS -X POST "$ENTRA/_emulator/signin?user=%s&app=%s&mfa=true"
 curl -sS "$API/v1/customers?size=2" -H "Authorization: Bearer $TOKEN" -H "ValidateMfa: true" -i
 curl -sS "$API/v1/invoices?size=2" -H "Authorization: Bearer $TOKEN" -H "Emulate: refuse=code-string" -i
 `, e.dir.users[0].UPN, AppCompliant)
+	app, _ := e.App(AppCompliant)
+	for _, further := range []struct{ name, variable, url, audience, path string }{
+		{"the Partner API", "PARTNER_API", e.cfg.PublicPartnerAPIURL, AudiencePartnerAPI, "/v1.0/engagements/referrals"},
+		{"Graph", "GRAPH", e.cfg.PublicGraphURL, AudienceGraph, "/v1.0/tenantRelationships/delegatedAdminRelationships"},
+	} {
+		if further.url == "" {
+			continue
+		}
+		fmt.Fprintf(&b, `
+# %s takes tokens of its own only; the same refresh token gives them
+%s=%s
+TOKEN=$(curl -sS $ENTRA/%s/oauth2/token --data-urlencode 'grant_type=refresh_token' --data-urlencode 'client_id=%s' --data-urlencode 'client_secret=%s' --data-urlencode 'refresh_token=%s' --data-urlencode 'resource=%s'%s
+curl -sS "$%s%s" -H "Authorization: Bearer $TOKEN" -i
+`, further.name, further.variable, further.url, tenant, app.ID, app.Secret, app.RefreshToken, further.audience, pick, further.variable, further.path)
+	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// Upstream is a further API in a configuration.
+type Upstream struct {
+	Name         string // PartnerAPI or Graph
+	URL          string
+	Hosts        []string // Host headers that choose it, besides URL's
+	RewriteLinks bool     // links of its own host lead back through the guard
 }
 
 // ConfigYAML returns the configuration that points the guard at an emulator of
 // DefaultTenant whose Entra and Partner Center are at these base URLs. The sample
 // app under a client id of Microsoft's own is left out: such an id does not tell
-// integrations apart.
-func ConfigYAML(entraURL, partnerURL string) string {
+// integrations apart. Further upstreams are in it only if named.
+func ConfigYAML(entraURL, partnerURL string, further ...Upstream) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "version: 1\ntenants: [%s]\nmode: audit\nintegrations:\n", DefaultTenant)
 	for _, app := range newDirectory(DefaultTenant, 0).apps {
@@ -70,5 +93,15 @@ func ConfigYAML(entraURL, partnerURL string) string {
 		fmt.Fprintf(&b, "  - name: %s # %s\n    owner: %s\n    match: {app_id: [%s]}\n", app.Name, app.Purpose, app.Owner, app.ID)
 	}
 	fmt.Fprintf(&b, "entra: {authority: %q}\nupstreams:\n  partner-center: {url: %q}\n", entraURL, partnerURL)
+	for _, u := range further {
+		fmt.Fprintf(&b, "  %s: {url: %q", u.Name, u.URL)
+		if len(u.Hosts) > 0 {
+			fmt.Fprintf(&b, ", hosts: [%s]", strings.Join(u.Hosts, ", "))
+		}
+		if u.RewriteLinks {
+			b.WriteString(", rewrite_links: true")
+		}
+		b.WriteString("}\n")
+	}
 	return b.String()
 }

@@ -55,6 +55,49 @@ func TestRecipeWorksInAShell(t *testing.T) {
 	}
 }
 
+func TestFurtherUpstreamsAreThereIfNamed(t *testing.T) {
+	config := ConfigYAML("http://entra", "http://partner",
+		Upstream{Name: PartnerAPI, URL: "http://partner-api", Hosts: []string{"a.example", "b.example"}, RewriteLinks: true},
+		Upstream{Name: Graph, URL: "http://graph"})
+	var cfg struct {
+		Upstreams map[string]struct {
+			URL          string
+			Hosts        []string
+			RewriteLinks bool `yaml:"rewrite_links"`
+		}
+	}
+	if err := yaml.Unmarshal([]byte(config), &cfg); err != nil {
+		t.Fatalf("%v in\n%s", err, config)
+	}
+	api := cfg.Upstreams[PartnerAPI]
+	if len(cfg.Upstreams) != 3 || api.URL != "http://partner-api" || strings.Join(api.Hosts, " ") != "a.example b.example" || !api.RewriteLinks ||
+		cfg.Upstreams[Graph].URL != "http://graph" || cfg.Upstreams[Graph].RewriteLinks {
+		t.Errorf("upstreams = %+v", cfg.Upstreams)
+	}
+
+	var plain, more bytes.Buffer
+	e := start(t, Config{})
+	e.cfg.PublicPartnerURL = e.PartnerURL()
+	if err := e.Recipe(&plain); err != nil {
+		t.Fatal(err)
+	}
+	e.cfg.PublicPartnerAPIURL, e.cfg.PublicGraphURL = e.PartnerAPIURL(), e.GraphURL()
+	if err := e.Recipe(&more); err != nil {
+		t.Fatal(err)
+	}
+	added, ok := strings.CutPrefix(more.String(), plain.String())
+	if !ok || !strings.Contains(added, "PARTNER_API="+e.PartnerAPIURL()) || !strings.Contains(added, "GRAPH="+e.GraphURL()) {
+		t.Fatalf("recipe gained\n%s", added)
+	}
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Skip("curl is not installed")
+	}
+	out, err := exec.CommandContext(t.Context(), "sh", "-eu", "-c", "unset http_proxy HTTP_PROXY all_proxy ALL_PROXY\nENTRA="+e.EntraURL()+"\n"+added).CombinedOutput()
+	if err != nil || strings.Count(string(out), "HTTP/1.1 200 OK") != 2 {
+		t.Errorf("recipe: %v\n%.2000s", err, out)
+	}
+}
+
 func TestConfigYAMLNamesEverySample(t *testing.T) {
 	e := start(t, Config{})
 	var cfg struct {

@@ -1,7 +1,6 @@
 package emulator
 
 import (
-	"archive/zip"
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
@@ -26,6 +25,9 @@ const (
 	lineItemCount     = 240 // per invoice
 	statementBytes    = 200_000
 	priceSheetRows    = 60_000
+	reportCount       = 120 // of Insights
+	referralCount     = 230
+	relationshipCount = 120
 )
 
 // state is what calls change.
@@ -58,6 +60,13 @@ func (s *state) poll(key string) int {
 	return s.polls[key]
 }
 
+// polled is how often poll was called for a key.
+func (s *state) polled(key string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.polls[key]
+}
+
 func (s *state) put(path string, o object) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -71,9 +80,10 @@ func (s *state) get(path string) (object, bool) {
 	return o, ok
 }
 
-// table lists the emulated operations; paths, methods and who may call them are
-// those of the public documentation. What starts with _ is the emulator's own.
-func (p *partner) table() []route {
+// centerRoutes lists the emulated operations of Partner Center; paths, methods and who
+// may call them are those of the public documentation. What starts with _ is the
+// emulator's own.
+func centerRoutes() []route {
 	const user, both = true, false
 	return []route{
 		newRoute("POST", "/generatetoken", both, generateToken),
@@ -120,7 +130,6 @@ func (p *partner) table() []route {
 		newRoute("GET", "/v1/products", both, listProducts),
 		newRoute("GET", "/v1/products/{product}", both, getProduct),
 		newRoute("GET", "/v1/margins/download", both, downloadMargins),
-		newRoute("GET", "/v1.0/sales/pricesheets(*/$value", user, downloadPriceSheet),
 
 		newRoute("GET", "/v1/servicerequests", user, listServiceRequests),
 		newRoute("GET", "/v1/servicerequests/{request}", user, getServiceRequest),
@@ -131,7 +140,13 @@ func (p *partner) table() []route {
 		newRoute("GET", "/v1/profiles/support", user, getPartnerProfile),
 		newRoute("GET", "/v1/auditrecords", both, listAuditRecords),
 		newRoute("HEAD", "/v1/domains/{domain}", both, headDomain),
-		newRoute("GET", "/v1.0/engagements/referrals", user, listReferrals),
+
+		newRoute("GET", "/insights/v1/mpn/ScheduledReport", both, listReports),
+		newRoute("GET", "/insights/v1/cmp/ScheduledReport", both, listReports),
+		newRoute("GET", "/insights/v1/mpn/ScheduledQueries", both, listQueries),
+		newRoute("GET", "/insights/v1/cmp/ScheduledQueries", both, listQueries),
+		newRoute("GET", "/insights/v1/mpn/ScheduledReport/execution/{report}", both, getExecution),
+		newRoute("GET", "/insights/v1/cmp/ScheduledReport/execution/{report}", both, getExecution),
 
 		newRoute("GET", "/v1/nonMfaCompliantPartnerPrincipals", user, listPrincipals),
 		newRoute("GET", "/v1/partnerRequests", user, listPartnerRequests),
@@ -717,41 +732,6 @@ func downloadMargins(*call) response {
 		[]byte("ProductId,SkuId,Segment,Margin\r\nCFQ7TTC0LCHC,0002,Commercial,15.0\r\nCFQ7TTC0LH16,0001,Commercial,12.5\r\n"))
 }
 
-// downloadPriceSheet sends CSV. To a client that accepts deflate it sends a ZIP
-// file, which is no content coding: the bytes must arrive as they are.
-func downloadPriceSheet(c *call) response {
-	body := priceSheet()
-	if strings.Contains(strings.ToLower(c.r.Header.Get("Accept-Encoding")), "deflate") {
-		var b bytes.Buffer
-		archive := zip.NewWriter(&b)
-		file, err := archive.Create("PriceSheet.csv")
-		if err == nil {
-			_, err = file.Write(body)
-		}
-		if err == nil {
-			err = archive.Close()
-		}
-		if err != nil {
-			return partnerError(http.StatusInternalServerError, "500", err.Error())
-		}
-		body = b.Bytes()
-	}
-	res := newResponse(http.StatusOK, "application/octet-stream", body)
-	res.chunked = true
-	return res
-}
-
-// priceSheet is a few megabytes of rows that repeat.
-func priceSheet() []byte {
-	var rows []byte
-	for i := range 500 {
-		rows = fmt.Appendf(rows, "Sample product %04d,CFQ7TTC%05d,%04d,Sample SKU,Microsoft Corporation,%d.%02d,USD,US,2026-06-01T00:00:00Z\r\n",
-			i, i, i%40, i, i%100)
-	}
-	const header = "ProductTitle,ProductId,SkuId,SkuTitle,Publisher,UnitPrice,Currency,Market,EffectiveStartDate\r\n"
-	return append([]byte(header), bytes.Repeat(rows, priceSheetRows/500)...)
-}
-
 func serviceRequest(id string) object {
 	return object{
 		{"id", id}, {"title", "Sample request"}, {"severity", "minimal"}, {"status", "open"}, {"createdDate", "2026-06-01T12:00:00Z"},
@@ -794,19 +774,57 @@ func headDomain(c *call) response {
 	return newResponse(http.StatusNotFound, "", nil)
 }
 
-// listReferrals has the absolute links of the Partner API, the next one in clear
-// text and with another path.
-func listReferrals(*call) response {
-	id := guid("referral")
+// insights is a collection of the Insights APIs.
+func insights[T any](items []T, next any) response {
+	if items == nil {
+		items = []T{}
+	}
 	return jsonResponse(http.StatusOK, object{
-		{"@odata.context", "http://api.partner.microsoft.com/v1.0/$metadata#referrals"},
-		{"value", []object{{
-			{"id", id}, {"name", "Sample referral"}, {"status", "New"},
-			{"links", object{{"self", link("https://api.partner.microsoft.com/v1.0/engagements/referrals/"+id, "GET")}}},
-		}}},
-		{"@odata.nextLink", "http://api.partner.microsoft.com/v1.0/referrals?$skiptoken=" + guid("skip")},
+		{"value", items}, {"nextLink", next}, {"totalCount", len(items)}, {"message", "Executed successfully"}, {"statusCode", 200},
 	})
 }
+
+func listReports(c *call) response {
+	from, to, next, err := c.page("pageToken", reportCount)
+	if err != nil {
+		return partnerError(http.StatusBadRequest, "400", err.Error())
+	}
+	var items []object
+	for i := from; i < to; i++ {
+		items = append(items, object{
+			{"reportId", guid("report", strconv.Itoa(i))}, {"reportName", fmt.Sprintf("Sample report %03d", i)}, {"reportStatus", "Active"},
+			{"callbackUrl", "https://reports.contoso.example/done"}, {"format", "csv"},
+		})
+	}
+	if next == "" {
+		return insights(items, nil)
+	}
+	return insights(items, c.absolute("https", c.r.URL.Path+"?pageToken="+next))
+}
+
+// listQueries has a relative next link, and one in what a user wrote, which is not.
+func listQueries(c *call) response {
+	return insights([]object{{
+		{"queryId", guid("query")}, {"name", "Sample query"}, {"type", "userDefined"},
+		{"description", "See " + c.absolute("https", c.r.URL.Path)}, {"query", "SELECT CustomerName FROM SeatUsage TIMESPAN LAST_MONTH"},
+	}}, c.r.URL.Path+"?pageToken=none")
+}
+
+// getExecution names the file of a report by a link with a signature in its query.
+func getExecution(c *call) response {
+	return insights([]object{{
+		{"executionId", guid("execution", c.params[0])}, {"reportId", c.params[0]}, {"executionStatus", "Completed"},
+		{"reportAccessSecureLink", signedURL("reports/" + c.params[0] + ".csv")}, {"reportExpiryTime", "2026-07-01T00:00:00Z"},
+	}}, nil)
+}
+
+// signedURL is a link to a file in Azure storage that needs no token.
+func signedURL(path string) string {
+	return "https://samplestorage.blob.core.windows.net/" + path + "?" + storageSignature
+}
+
+// storageSignature stands for a shared access signature; it opens nothing.
+const storageSignature = "sv=2022-11-02&se=2026-07-01T00%3A00%3A00Z&sr=c&sp=rl&sig=c2FtcGxlLXNpZ25hdHVyZQ%3D%3D"
 
 // The Security APIs report what has reached this emulator.
 

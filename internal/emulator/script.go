@@ -15,6 +15,8 @@ import (
 //	gzip, deflate, raw-deflate
 //	                   the body encoded so (zlib and bare), whatever was accepted
 //	status=429         a plausible answer of that status
+//	code=900309        Partner Center's 401 or 403 with that code: the documented ones
+//	                   that say something of the token, not of the business
 //	status-line=TEXT   what follows HTTP/1.1 in the status line; closes the connection
 //	retry-after=7      that header
 //	challenge=VALUE    401 with a claims challenge; VALUE is what stands between the
@@ -32,6 +34,7 @@ type script struct {
 	refuse     Shape // -1: no
 	bom        bool
 	encoding   string
+	code       string
 	status     int
 	statusLine string
 	retryAfter string
@@ -50,6 +53,21 @@ type script struct {
 // defaultChallenge asks for authentication context c1.
 const defaultChallenge = "eyJhY2Nlc3NfdG9rZW4iOnsiYWNycyI6eyJlc3NlbnRpYWwiOnRydWUsInZhbHVlIjoiYzEifX19"
 
+// codeStatus has Partner Center's codes for a refused token or caller. See
+// https://learn.microsoft.com/partner-center/developer/error-codes.
+var codeStatus = map[string]int{
+	"400":    401, // access denied
+	"10001":  401, // MFA required, before 2025
+	"800001": 401, // no partner token
+	"900420": 401, // audience no longer supported
+	"900421": 401, // no MFA claim
+	"90000":  403, // Entra's error on the way to an inner token
+	"900150": 403, // role lacks rights
+	"900308": 403, // insufficient privileges
+	"900309": 403, // blocked by Conditional Access
+	"900329": 403, // app-only not supported
+}
+
 func parseScript(values []string) (script, error) {
 	s := script{refuse: -1, abortAfter: -1, body: -1}
 	for directive := range strings.SplitSeq(strings.Join(values, ","), ",") {
@@ -63,6 +81,10 @@ func parseScript(values []string) (script, error) {
 			s.bom = true
 		case "gzip", "deflate", "raw-deflate":
 			s.encoding = name
+		case "code":
+			if s.code = value; codeStatus[value] == 0 {
+				err = fmt.Errorf("unknown code %q", value)
+			}
 		case "status":
 			s.status, err = strconv.Atoi(value)
 			if err == nil && (s.status < 200 || s.status > 599) {

@@ -24,7 +24,9 @@ const (
 	AudiencePartnerCenter     = "https://api.partnercenter.microsoft.com"
 	AudiencePartnerCenterGUID = "fa3d9a0c-3fb0-42cc-9193-47c7ecd2edbd"
 	AudiencePartnerAPI        = "https://api.partner.microsoft.com"
+	AudiencePartnerAPIGUID    = "4990cffe-04e8-4e8b-808a-1175604b879f"
 	AudienceGraph             = "https://graph.microsoft.com"
+	AudienceGraphGUID         = "00000003-0000-0000-c000-000000000000"
 	AudienceLegacyGraph       = "https://graph.windows.net" // refused with 900420
 )
 
@@ -79,8 +81,42 @@ type TokenSpec struct {
 	// in tokens for some of its own APIs.
 	HashedNonce bool
 
-	Opaque    bool // no JWT at all, as /generatetoken issues; Partner Center accepts it
-	Encrypted bool // five parts, as a JWE; Partner Center accepts it
+	Opaque    bool // no JWT at all, as /generatetoken issues; the APIs accept it
+	Encrypted bool // five parts, as a JWE; the APIs accept it
+
+	// SealedNonce adds a nonce to the header as HashedNonce does, but signs by a rule
+	// that only the APIs know: they accept it, and nobody else can verify it.
+	SealedNonce bool
+}
+
+// TokenFormat is the form of the tokens that Entra issues.
+type TokenFormat int
+
+// The forms of a token. Of all but the first only the APIs can tell that it is valid:
+// Microsoft reserves such a change, without notice, for tokens of its own APIs.
+// See https://learn.microsoft.com/entra/identity-platform/access-tokens.
+const (
+	FormatJWT TokenFormat = iota
+	FormatOpaque
+	FormatEncrypted
+	FormatSealedNonce
+)
+
+// SetTokenFormat sets the form of the tokens that the token endpoints issue and Token
+// mints from now on. Tokens issued before stay as they are.
+func (e *Emulator) SetTokenFormat(f TokenFormat) { e.format.Store(int64(f)) }
+
+// issueToken mints in the current format.
+func (e *Emulator) issueToken(t TokenSpec) string {
+	switch TokenFormat(e.format.Load()) {
+	case FormatOpaque:
+		t.Opaque = true
+	case FormatEncrypted:
+		t.Encrypted = true
+	case FormatSealedNonce:
+		t.SealedNonce = true
+	}
+	return e.Mint(t)
 }
 
 // Mint returns the token that t describes.
@@ -106,7 +142,10 @@ func (e *Emulator) Mint(t TokenSpec) string {
 		header = mustJSON(joseHeader(t, alg, key.kid))
 	}
 	signed := header
-	if t.HashedNonce {
+	switch {
+	case t.SealedNonce:
+		signed = []byte(randomText(32))
+	case t.HashedNonce:
 		signed = hashNonce(header)
 	}
 	body := "." + base64.RawURLEncoding.EncodeToString(payload)
@@ -114,7 +153,11 @@ func (e *Emulator) Mint(t TokenSpec) string {
 	if t.BadSignature && len(signature) > 0 {
 		signature[len(signature)/2] ^= 1
 	}
-	return base64.RawURLEncoding.EncodeToString(header) + body + "." + base64.RawURLEncoding.EncodeToString(signature)
+	token := base64.RawURLEncoding.EncodeToString(header) + body + "." + base64.RawURLEncoding.EncodeToString(signature)
+	if t.SealedNonce {
+		return e.partner.issue(token, payload)
+	}
+	return token
 }
 
 // claims builds the payload; its members are those of Partner Center's tokens.
@@ -212,7 +255,7 @@ func (e *Emulator) claims(t TokenSpec) object {
 			o.set("preferred_username", t.UPN)
 		}
 		o.set("name", user.Name)
-		o.set("scp", "user_impersonation")
+		o.set("scp", scopes(t.Audience))
 		sub := sha256.Sum256([]byte(t.ObjectID + t.AppID))
 		o.set("sub", base64.RawURLEncoding.EncodeToString(sub[:]))
 	}
@@ -234,6 +277,15 @@ func (e *Emulator) claims(t TokenSpec) object {
 	return o
 }
 
+// scopes are the delegated permissions that the sample apps have for an API.
+func scopes(audience string) string {
+	switch strings.TrimSuffix(audience, "/") {
+	case AudienceGraph, AudienceGraphGUID:
+		return "DelegatedAdminRelationship.ReadWrite.All PartnerBilling.Read.All PartnerSecurity.Read.All"
+	}
+	return "user_impersonation"
+}
+
 // issuer is the global cloud's issuer, wherever the emulator listens.
 func issuer(tenant string, v1 bool) string {
 	if v1 {
@@ -244,7 +296,7 @@ func issuer(tenant string, v1 bool) string {
 
 func joseHeader(t TokenSpec, alg, kid string) object {
 	o := object{{"typ", "JWT"}}
-	if t.HashedNonce {
+	if t.HashedNonce || t.SealedNonce {
 		o.set("nonce", randomText(24))
 	}
 	o.set("alg", alg)
