@@ -23,6 +23,7 @@ var allowed = map[string][]string{
 	"telemetry/report":  {"policy", "proxy", "telemetry", "telemetry/store"},
 	"internal/config":   {"policy"},
 	"internal/emulator": {},
+	"internal/watch":    {},
 	"internal/bench":    {"internal/emulator"},
 	"cmd/partnerguard":  nil, // everything
 	"internal":          {},
