@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 )
@@ -39,7 +40,7 @@ type Match struct {
 	// Weak conditions: any caller can claim them.
 
 	Host        []string // Host header without port
-	PathPrefix  []string // whole leading segments of the path as the client sent it
+	PathPrefix  []string // whole leading segments of the path, read as a rule's routes are
 	Application []string // MS-PartnerCenter-Application
 	UserAgent   []string // leading part of User-Agent
 }
@@ -267,18 +268,43 @@ func (t *Token) isUser(name string) bool {
 	return name == t.ObjectID || t.UPN != "" && strings.EqualFold(name, t.UPN)
 }
 
-// underPrefix reports whether the path that the client sent lies under prefix,
-// by whole segments and without case.
+// underPrefix reports whether the path that the client sent lies under prefix, as it
+// stands or once decoded.
 func (c *Call) underPrefix(prefix string) bool {
-	if name, rest, ok := CutIntegration(prefix + "/"); ok {
-		return c.Evidence.Prefix == name && (rest == "/" || hasSegmentPrefix(c.Path, strings.TrimRight(rest, "/")))
+	name, rest, ok := CutIntegration(prefix + "/")
+	if !ok {
+		name, rest = "", prefix
 	}
-	return c.Evidence.Prefix == "" && hasSegmentPrefix(c.Path, prefix)
+	if c.Evidence.Prefix != name {
+		return false
+	}
+	if hasSegmentPrefix(c.Path, rest) {
+		return true
+	}
+	if !strings.Contains(c.Path, "%") {
+		return false
+	}
+	decoded, err := url.PathUnescape(c.Path)
+	return err == nil && hasSegmentPrefix(decoded, rest)
 }
 
+// hasSegmentPrefix compares whole segments without case, empty ones dropped.
 func hasSegmentPrefix(path, prefix string) bool {
-	return len(path) >= len(prefix) && strings.EqualFold(path[:len(prefix)], prefix) &&
-		(len(path) == len(prefix) || path[len(prefix)] == '/')
+	for {
+		var want, got string
+		if want, prefix = cutSegment(prefix); want == "" {
+			return true
+		}
+		if got, path = cutSegment(path); !strings.EqualFold(got, want) {
+			return false
+		}
+	}
+}
+
+// cutSegment returns the first segment of path that is not empty, and what follows.
+func cutSegment(path string) (segment, rest string) {
+	segment, rest, _ = strings.Cut(strings.TrimLeft(path, "/"), "/")
+	return segment, rest
 }
 
 // CutIntegration splits /i/{name}/rest into name and /rest. ok is false when path

@@ -76,6 +76,9 @@ func TestAttributeByOneCondition(t *testing.T) {
 
 		{"its path", Match{PathPrefix: []string{"/v1/invoices"}}, call(), weak("in", "path_prefix")},
 		{"below its path, in any case", Match{PathPrefix: []string{"/V1/Invoices/"}}, call(path("/v1/invoices/7")), weak("in", "path_prefix")},
+		{"its path with empty segments", Match{PathPrefix: []string{"//v1/invoices"}}, call(path("//v1///invoices//7")), weak("in", "path_prefix")},
+		{"its path in percent encoding", Match{PathPrefix: []string{"/v1/invoices"}}, call(path("/v1/%69nvoices/7")), weak("in", "path_prefix")},
+		{"its path behind an encoded slash", Match{PathPrefix: []string{"/v1/invoices"}}, call(path("/v1%2Finvoices")), weak("in", "path_prefix")},
 		{"half a segment of its path", Match{PathPrefix: []string{"/v1/inv"}}, call(), strong(stranger, "app_id")},
 		{"another path", Match{PathPrefix: []string{"/v1/invoices/7"}}, call(), strong(stranger, "app_id")},
 		{"its prefix by another name", Match{PathPrefix: []string{"/i/nb"}}, call(prefix("nb")), weak("in", "path_prefix")},

@@ -82,7 +82,7 @@ func (r Reason) Status() int {
 	switch r {
 	case ReasonMFAPresent, ReasonAppOnly:
 		return http.StatusOK
-	case ReasonKeysUnavailable, ReasonVerifyOverloaded, ReasonInternalError, ReasonLedgerUnavailable, ReasonUpstreamCircuitOpen, ReasonLimitExceeded:
+	case ReasonKeysUnavailable, ReasonVerifyOverloaded, ReasonInternalError, ReasonLedgerUnavailable, ReasonUpstreamCircuitOpen:
 		return http.StatusServiceUnavailable
 	case ReasonRequestAmbiguous:
 		return http.StatusBadRequest
@@ -94,6 +94,8 @@ func (r Reason) Status() int {
 		return http.StatusBadGateway
 	case ReasonUpstreamTimeout:
 		return http.StatusGatewayTimeout
+	case ReasonLimitExceeded:
+		return http.StatusTooManyRequests
 	}
 	return http.StatusUnauthorized
 }

@@ -15,7 +15,7 @@ func TestStatus(t *testing.T) {
 	want := map[Reason]int{
 		ReasonMFAPresent: 200, ReasonAppOnly: 200,
 		ReasonKeysUnavailable: 503, ReasonVerifyOverloaded: 503, ReasonInternalError: 503, ReasonLedgerUnavailable: 503,
-		ReasonRequestAmbiguous: 400, ReasonMethodRefused: 405, ReasonIntegrationUnknown: 404, ReasonLimitExceeded: 503,
+		ReasonRequestAmbiguous: 400, ReasonMethodRefused: 405, ReasonIntegrationUnknown: 404, ReasonLimitExceeded: 429,
 		ReasonUpstreamUnreachable: 502, ReasonUpstreamTimeout: 504, ReasonUpstreamCircuitOpen: 503,
 	}
 	for _, r := range Reasons() {

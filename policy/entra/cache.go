@@ -17,7 +17,8 @@ import (
 // the garbage collector next to nothing. The oldest chunk goes first, which is
 // nearly the order in which tokens expire.
 type cache struct {
-	shards [16]shard
+	entries int // at most
+	shards  [16]shard
 }
 
 const (
@@ -42,7 +43,7 @@ type chunk struct {
 }
 
 func newCache(entries int) *cache {
-	c := new(cache)
+	c := &cache{entries: entries}
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.index = map[uint64]uint32{}

@@ -55,6 +55,103 @@ func TestCachedTokenIsCheckedAgain(t *testing.T) {
 	expect(t, v, later, policy.ReasonTokenNotYetValid)
 }
 
+// A token that was good a moment ago is judged afresh by whatever changed since:
+// where it is sent, the configuration, the keys, the time.
+func TestRememberedTokenGetsAFreshVerdict(t *testing.T) {
+	const graph = "https://graph.microsoft.com"
+	type situation struct {
+		*Verifier
+		cfg       Config
+		keys      *endpoint
+		clock     *clock
+		audiences []string
+	}
+	replaced := func(change func(cfg *Config)) func(*testing.T, *situation) {
+		return func(t *testing.T, s *situation) {
+			change(&s.cfg)
+			s.cfg.Previous = s.Verifier
+			s.Verifier = newVerifier(t, s.cfg)
+		}
+	}
+	publish := func(keys ...jwk) func(*testing.T, *situation) {
+		return func(t *testing.T, s *situation) { s.keys.serve(keySetJSON(keys...)); mustRefresh(t, s.Verifier) }
+	}
+	at := func(seconds int64) func(*testing.T, *situation) {
+		return func(_ *testing.T, s *situation) { s.clock.set(time.Unix(seconds, 0)) }
+	}
+	to := func(audiences ...string) func(*testing.T, *situation) {
+		return func(_ *testing.T, s *situation) { s.audiences = audiences }
+	}
+	a, b := published("A", &keyA().PublicKey), published("B", &keyB().PublicKey)
+	nothing := func(*testing.T, *situation) {}
+
+	for _, tt := range []struct {
+		name   string
+		change func(*testing.T, *situation)
+		want   policy.Reason
+		after  policy.MFA
+	}{
+		{"nothing changed", nothing, "", policy.MFAPresent},
+		{"sent to another upstream", to(graph), policy.ReasonTokenWrongAudience, 0},
+		{"sent to an upstream without audiences", to(), policy.ReasonTokenWrongAudience, 0},
+		{"an audience was removed", to(audiences[1:]...), policy.ReasonTokenWrongAudience, 0},
+		{"an audience was added", to(graph, aud), "", policy.MFAPresent},
+
+		{"its tenant was removed", replaced(func(cfg *Config) { cfg.Tenants = []string{other} }), policy.ReasonTokenWrongTenant, 0},
+		{"a tenant was added", replaced(func(cfg *Config) { cfg.Tenants = []string{tid, other} }), "", policy.MFAPresent},
+		{"its proof of MFA was removed", replaced(func(cfg *Config) { cfg.MFAValues = []string{"ngcmfa"} }), "", policy.MFAAbsent},
+		{"the cloud was changed", replaced(func(cfg *Config) { cfg.Cloud = China }), policy.ReasonTokenWrongIssuer, 0},
+		{"the configuration was read again", replaced(func(*Config) {}), "", policy.MFAPresent},
+		{"the leeway was removed, a minute after its end", func(t *testing.T, s *situation) {
+			replaced(func(cfg *Config) { cfg.Leeway = -1 })(t, s)
+			at(expires+60)(t, s)
+		}, policy.ReasonTokenExpired, 0},
+		{"keys may be stale for a minute only", func(t *testing.T, s *situation) {
+			replaced(func(cfg *Config) { cfg.MaxStale = time.Minute })(t, s)
+			s.keys.serve("error")
+			s.clock.set(noon.Add(2 * time.Minute))
+		}, policy.ReasonKeysUnavailable, 0},
+
+		{"its key was withdrawn", publish(b), policy.ReasonTokenUnknownKey, 0},
+		{"keys were rotated, its own is still there", publish(b, a), "", policy.MFAPresent},
+		{"another key has its kid now", publish(published("A", &keyB().PublicKey)), policy.ReasonTokenBadSignature, 0},
+		{"its key is another issuer's now", publish(a.with("issuer", strings.Replace(issV2, tid, other, 1))), policy.ReasonTokenWrongIssuer, 0},
+		{"its key was withdrawn and published again", func(t *testing.T, s *situation) {
+			publish(b)(t, s)
+			publish(a)(t, s)
+		}, "", policy.MFAPresent},
+		{"its key was withdrawn, then the configuration read again", func(t *testing.T, s *situation) {
+			publish(b)(t, s)
+			replaced(func(*Config) {})(t, s)
+		}, policy.ReasonTokenUnknownKey, 0},
+
+		{"the last second", at(expires - 1), "", policy.MFAPresent},
+		{"expired, within the leeway", at(expires + 299), "", policy.MFAPresent},
+		{"expired, at the leeway", at(expires + 300), policy.ReasonTokenExpired, 0},
+		{"expired long ago", at(expires + 86400), policy.ReasonTokenExpired, 0},
+		{"the clock was set back, within the leeway", at(issued - 300), "", policy.MFAPresent},
+		{"the clock was set back", at(issued - 301), policy.ReasonTokenNotYetValid, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := &situation{keys: serveKeys(t, a), clock: &clock{at: noon}, audiences: audiences}
+			s.cfg = Config{Authority: s.keys.URL, Tenants: []string{tid}, Now: s.clock.now}
+			s.Verifier = newVerifier(t, s.cfg)
+			mustRefresh(t, s.Verifier)
+			raw := user(userClaims())
+			for range 2 {
+				expect(t, s.Verifier, raw, "")
+			}
+			tt.change(t, s)
+			for range 2 { // the second time, a new verdict is remembered
+				tok, err := s.Verify(context.Background(), raw, s.audiences)
+				if got := reasonOf(t, tok, err); got != tt.want || tok.MFA != tt.after {
+					t.Errorf("Verify = MFA %s, %q; want %s, %q", tok.MFA, got, tt.after, tt.want)
+				}
+			}
+		})
+	}
+}
+
 func TestCacheIsBounded(t *testing.T) {
 	c := newCache(1600) // 100 a shard
 	content := make([]byte, 200)

@@ -25,9 +25,15 @@ func (v *Verifier) keptPath(s *source) string {
 	return filepath.Join(v.dir, fmt.Sprintf("keys-%s-v%d.json", s.tenant, s.version))
 }
 
-// keep writes the last good keys to disk, whole or not at all.
+// keep writes the keys just fetched to disk, whole or not at all. Where the disk is
+// so slow that newer ones came meanwhile, those are kept instead.
 func (v *Verifier) keep(s *source, set *keySet, body []byte) {
 	if v.dir == "" {
+		return
+	}
+	s.keeping.Lock()
+	defer s.keeping.Unlock()
+	if s.set.Load() != set {
 		return
 	}
 	path := v.keptPath(s)

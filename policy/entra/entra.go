@@ -11,6 +11,7 @@ package entra
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/http"
@@ -84,6 +85,17 @@ type Config struct {
 	// environment. Redirects are never followed, and a fetch never takes longer than
 	// 10 seconds.
 	Client *http.Client
+	// RootCAs are the certificate authorities that our own client trusts; nil is the
+	// system's. It has no bearing on a Client that is given.
+	RootCAs *x509.CertPool
+	// Previous is the Verifier that this one replaces; nil when there is none. Where
+	// cloud, authority and tenant are the same, its last good keys are taken over with
+	// their age, with what is left of the budget for fetches, and with the time when
+	// they are to be fetched again; so are the verified tokens if no tenant was
+	// removed and MFAValues and CacheEntries are the same. Nothing else is: what was
+	// configured for the one does not hold for the other. Previous goes on working,
+	// and is not kept.
+	Previous *Verifier
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
 	// CacheEntries bounds the verified tokens that are remembered; zero is 100,000,
@@ -148,8 +160,9 @@ const (
 	slotWait = 250 * time.Millisecond
 )
 
-// New checks cfg and returns a Verifier with the keys kept in Config.Dir, if any.
-// It fetches nothing: Run does, or the first token that needs a key.
+// New checks cfg and returns a Verifier with the keys of Config.Previous or those
+// kept in Config.Dir, if any. It fetches nothing: Run does, or the first token that
+// needs a key. A Verifier that is not wanted after all may be dropped.
 func New(cfg Config) (*Verifier, error) {
 	if int(cfg.Cloud) >= len(clouds) {
 		return nil, fmt.Errorf("entra: Config.Cloud %v is not known", cfg.Cloud)
@@ -179,7 +192,7 @@ func New(cfg Config) (*Verifier, error) {
 		refreshEvery: orDefault(cfg.Refresh, defaultRefresh),
 		mfaValues:    slices.Clone(cfg.MFAValues),
 		dir:          cfg.Dir,
-		client:       newClient(cfg.Client),
+		client:       newClient(cfg.Client, cfg.RootCAs),
 		now:          cfg.Now,
 		event:        cfg.Event,
 		cache:        newCache(orDefault(cfg.CacheEntries, defaultEntries)),
@@ -204,12 +217,40 @@ func New(cfg Config) (*Verifier, error) {
 	if len(v.tenants) == 0 {
 		v.tenants[common] = newTenant(common, authority)
 	}
+	if cfg.Previous != nil {
+		v.takeOver(cfg.Previous)
+	}
 	for _, s := range v.sources() {
+		if s.set.Load() != nil {
+			continue
+		}
 		if err := v.recall(s, v.now()); err != nil {
 			v.tell(s, EventNotKept, err)
 		}
 	}
 	return v, nil
+}
+
+// takeOver makes v, which nobody uses yet, go on where old stands.
+func (v *Verifier) takeOver(old *Verifier) {
+	if old.cloud != v.cloud || old.authority != v.authority {
+		return
+	}
+	removed := false
+	for id, t := range old.tenants {
+		if own := v.tenants[id]; own != nil {
+			own.takeOver(t)
+		} else {
+			removed = true
+		}
+	}
+	// Read after the sets, so that it is not below theirs.
+	v.generation.Store(old.generation.Load())
+	// What a token says depends on the values that prove MFA, nothing else that may
+	// have changed; the rest is checked on every hit.
+	if !removed && slices.Equal(old.mfaValues, v.mfaValues) && old.cache.entries == v.cache.entries {
+		v.cache = old.cache
+	}
 }
 
 func orDefault[T comparable](given, otherwise T) T {

@@ -2,6 +2,8 @@ package entra
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,11 +45,13 @@ var (
 // tenant holds the keys of one tenant, or the common ones.
 type tenant struct {
 	id      string
-	sources [2]source // v1, v2
-	budget  *rate.Limiter
+	sources [2]source     // v1, v2
+	budget  *rate.Limiter // shared with the Verifier that ours replaces, or that replaces ours
 
-	mu     sync.Mutex
-	flight *flight // the fetch under way
+	mu    sync.Mutex // also guards flight of the sources
+	asked [fetchBurst + 1]asked
+	due   time.Time     // when Run fetches next
+	pause time.Duration // until then, if the last time failed
 }
 
 // source is one key endpoint.
@@ -55,25 +60,46 @@ type source struct {
 	version version
 	url     string
 	set     atomic.Pointer[keySet] // last good; replaced whole
+	flight  *flight                // the fetch under way
 
 	mu  sync.Mutex
 	err error // of the last fetch
+
+	keeping sync.Mutex // held while the set is written to disk
 }
 
-// flight is one fetch of both endpoints of a tenant, for all who wait for it.
+// flight is one fetch of one endpoint, for all who wait for it.
 type flight struct {
-	done  [2]chan struct{} // closed when the source has new keys, or none could be had
-	ended chan struct{}    // closed when the keys are on disk as well
-	left  atomic.Int32
+	done  chan struct{} // closed when the source has new keys, or none could be had
+	ended chan struct{} // closed when that was told and the keys are on disk as well
+}
+
+// asked is a kid that was not listed and that keys were fetched for. There can be
+// no more of them within fetchEvery than the budget has fetches.
+type asked struct {
+	kid string
+	at  time.Time
 }
 
 func newTenant(id, authority string) *tenant {
-	t := &tenant{id: id, budget: rate.NewLimiter(rate.Every(fetchEvery), fetchBurst)}
+	t := &tenant{id: id, budget: rate.NewLimiter(rate.Every(fetchEvery), fetchBurst), pause: backoffMin}
 	for i, path := range [2]string{"/discovery/keys", "/discovery/v2.0/keys"} {
 		s := &t.sources[i]
 		s.tenant, s.version, s.url = id, version(i+1), authority+"/"+id+path
 	}
 	return t
+}
+
+// takeOver makes a new t go on where old stands: its keys with their age, what is
+// left of its budget, and when it is due.
+func (t *tenant) takeOver(old *tenant) {
+	old.mu.Lock()
+	defer old.mu.Unlock()
+	t.budget, t.asked, t.due, t.pause = old.budget, old.asked, old.due, old.pause
+	for i := range t.sources {
+		t.sources[i].set.Store(old.sources[i].set.Load())
+		t.sources[i].err = old.sources[i].lastError()
+	}
 }
 
 // tenantOf returns whose keys verify tokens of the tenant tid (lower case); nil
@@ -105,11 +131,14 @@ func (v *Verifier) findKey(ctx context.Context, t *token) (policy.Reason, error)
 	if t.use(set) {
 		return "", nil
 	}
-	if f := v.fetch(tenant, s, seen); f != nil {
+	if !canBePublished(t.kid) {
+		return policy.ReasonTokenUnknownKey, errUnknownKey
+	}
+	if f := v.fetch(tenant, s, seen, t.kid); f != nil {
 		timer := time.NewTimer(fetchWait)
 		defer timer.Stop()
 		select {
-		case <-f.done[t.version-1]:
+		case <-f.done:
 		case <-timer.C:
 		case <-ctx.Done():
 			return policy.ReasonKeysUnavailable, ctx.Err()
@@ -136,79 +165,107 @@ func (t *token) use(set *keySet) bool {
 	return true
 }
 
-// fetch returns the fetch under way for t, having started one if the budget
-// allows. It returns nil when there is none to wait for: out of budget, after Run
-// has ended, or because s has other keys by now than the caller saw.
-func (v *Verifier) fetch(t *tenant, s *source, seen *keySet) *flight {
+// fetch returns the fetch of s, a source of t, that is under way, having started
+// one if the budget allows. It returns nil when there is none to wait for: because
+// s has other keys by now than the caller saw, because keys were fetched for the
+// same kid just before and lack it, out of budget, or after Run has ended.
+func (v *Verifier) fetch(t *tenant, s *source, seen *keySet, kid string) *flight {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	now := v.now()
 	switch {
 	case s.set.Load() != seen:
 		return nil
-	case t.flight != nil:
-		return t.flight
-	case !t.budget.AllowN(v.now(), 1):
+	case s.flight != nil:
+		return s.flight
+	case t.askedInVain(kid, seen, now), !t.budget.AllowN(now, 1):
 		return nil
 	}
-	return v.start(t)
+	copy(t.asked[1:], t.asked[:])
+	t.asked[0] = asked{kid, now}
+	v.start(t)
+	return s.flight
 }
 
-// start begins a fetch of t, whose lock the caller holds. It returns nil after
-// Run has ended.
-func (v *Verifier) start(t *tenant) *flight {
+// askedInVain reports whether keys were fetched for kid within fetchEvery, and set,
+// which lacks it, is what came of that: then one caller that goes on with a token of
+// an unknown key does not spend the budget that a new key may need.
+func (t *tenant) askedInVain(kid string, set *keySet, now time.Time) bool {
+	if set == nil || now.Sub(set.fetched) >= fetchEvery {
+		return false
+	}
+	return slices.ContainsFunc(t.asked[:], func(a asked) bool { return a.kid == kid && !set.fetched.Before(a.at) })
+}
+
+// start begins a fetch of each source of t that is not being fetched; the caller
+// holds t's lock. After Run has ended it starts none.
+func (v *Verifier) start(t *tenant) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.ended {
-		return nil
+		return
 	}
-	f := &flight{done: [2]chan struct{}{make(chan struct{}), make(chan struct{})}, ended: make(chan struct{})}
-	f.left.Store(int32(len(t.sources)))
-	t.flight = f
 	for i := range t.sources {
+		s := &t.sources[i]
+		if s.flight != nil {
+			continue
+		}
+		f := &flight{done: make(chan struct{}), ended: make(chan struct{})}
+		s.flight = f
 		v.flights.Go(func() {
-			s := &t.sources[i]
-			set, body := v.refresh(v.ctx, s)
-			close(f.done[i])
-			if set != nil {
+			defer close(f.ended)
+			set, body, err := v.download(v.ctx, s)
+
+			// Whoever comes from here on sees the result, or starts anew; nobody joins
+			// a fetch that has failed already.
+			t.mu.Lock()
+			s.settle(set, err)
+			s.flight = nil
+			t.mu.Unlock()
+			close(f.done)
+
+			v.report(s, err)
+			if err == nil {
 				v.keep(s, set, body)
-			}
-			if f.left.Add(-1) == 0 {
-				t.mu.Lock()
-				t.flight = nil
-				t.mu.Unlock()
-				close(f.ended)
 			}
 		})
 	}
-	return f
 }
 
-// refresh fetches the keys of s and returns them. When that fails the last good
-// ones stay, and set is nil.
-func (v *Verifier) refresh(ctx context.Context, s *source) (set *keySet, body []byte) {
-	body, err := v.download(ctx, s.url)
+// settle takes the result of a fetch. When it failed the last good keys stay.
+func (s *source) settle(set *keySet, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err = err; err == nil {
+		s.set.Store(set)
+	}
+}
+
+// report tells how a fetch of s went.
+func (v *Verifier) report(s *source, err error) {
+	if err == nil {
+		v.tell(s, EventRefreshed, nil)
+		return
+	}
+	v.tell(s, EventFailed, err)
+	if old := s.set.Load(); old != nil && v.now().Sub(old.fetched) >= staleAfter {
+		v.tell(s, EventStale, err)
+	}
+}
+
+// download fetches the keys of s and reads them. body is what was published.
+func (v *Verifier) download(ctx context.Context, s *source) (set *keySet, body []byte, err error) {
+	body, err = v.get(ctx, s.url)
 	if err == nil {
 		set, err = parseKeySet(body, v.now(), v.generation.Add(1))
 	}
 	if err != nil {
-		err = fmt.Errorf("fetch key set %s: %w", s.url, err)
+		return nil, nil, fmt.Errorf("fetch key set %s: %w", s.url, err)
 	}
-	s.mu.Lock()
-	s.err = err
-	s.mu.Unlock()
-	if err != nil {
-		v.tell(s, EventFailed, err)
-		if old := s.set.Load(); old != nil && v.now().Sub(old.fetched) >= staleAfter {
-			v.tell(s, EventStale, err)
-		}
-		return nil, nil
-	}
-	s.set.Store(set)
-	v.tell(s, EventRefreshed, nil)
-	return set, body
+	return set, body, nil
 }
 
-func (v *Verifier) download(ctx context.Context, url string) ([]byte, error) {
+func (v *Verifier) get(ctx context.Context, url string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
@@ -218,7 +275,7 @@ func (v *Verifier) download(ctx context.Context, url string) ([]byte, error) {
 	req.Header.Set("Accept", "application/json")
 	res, err := v.client.Do(req)
 	if err != nil {
-		return nil, unwrapURL(err)
+		return nil, brief(err)
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
@@ -234,10 +291,14 @@ func (v *Verifier) download(ctx context.Context, url string) ([]byte, error) {
 	return body, nil
 }
 
-// unwrapURL drops the method and URL that http.Client adds: the caller says it.
-func unwrapURL(err error) error {
+// brief drops the method and URL that http.Client adds, as the caller says it, and
+// cuts what may quote an answer at length.
+func brief(err error) error {
 	if u, ok := errors.AsType[*url.Error](err); ok {
-		return u.Err
+		err = u.Err
+	}
+	if text := err.Error(); len(text) > maxText {
+		return errors.New(clip(text, maxText) + "…")
 	}
 	return err
 }
@@ -264,21 +325,19 @@ func (v *Verifier) Refresh(ctx context.Context) error {
 
 func (v *Verifier) refreshTenant(ctx context.Context, t *tenant) error {
 	t.mu.Lock()
-	f := t.flight
-	if f == nil {
-		f = v.start(t)
-	}
+	v.start(t)
+	flights := [...]*flight{t.sources[0].flight, t.sources[1].flight}
 	t.mu.Unlock()
-	if f == nil {
-		return errEnded
-	}
-	select {
-	case <-f.ended:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 	var errs []error
-	for i := range t.sources {
+	for i, f := range flights {
+		if f == nil {
+			return errEnded
+		}
+		select {
+		case <-f.ended:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 		errs = append(errs, t.sources[i].lastError())
 	}
 	return errors.Join(errs...)
@@ -290,10 +349,11 @@ func (s *source) lastError() error {
 	return s.err
 }
 
-// Run keeps the keys fresh until ctx ends: it fetches at once, then every
-// Config.Refresh, and after a failure again with growing pauses. It then waits for
-// fetches under way and returns nil; after that nothing is fetched any more. Run
-// may be called once.
+// Run keeps the keys fresh until ctx ends: it fetches at once what was not taken
+// over from Config.Previous, then every Config.Refresh, and after a failure again
+// with growing pauses. It then waits for fetches under way and returns nil; after
+// that nothing is fetched any more, and tokens are verified with the keys that are
+// there. Run may be called once.
 func (v *Verifier) Run(ctx context.Context) error {
 	if !v.running.CompareAndSwap(false, true) {
 		return errors.New("entra: Run was called before")
@@ -313,24 +373,60 @@ func (v *Verifier) Run(ctx context.Context) error {
 }
 
 func (v *Verifier) keepFresh(ctx context.Context, t *tenant) {
-	backoff := backoffMin
+	timer := time.NewTimer(v.untilDue(t))
+	defer timer.Stop()
 	for {
-		var pause time.Duration
-		if err := v.refreshTenant(ctx, t); err == nil {
-			backoff = backoffMin
-			pause = jitter(v.refreshEvery)
-		} else {
-			pause = jitter(backoff)
-			backoff = min(2*backoff, backoffMax)
-		}
-		timer := time.NewTimer(pause)
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
-			timer.Stop()
 			return
 		}
+		// Put off before trying: a fetch that hangs while configurations are replaced
+		// is not begun anew by each of them.
+		pause := v.putOff(t)
+		if v.refreshTenant(ctx, t) == nil {
+			pause = v.refreshed(t)
+		}
+		timer.Reset(pause)
 	}
+}
+
+// untilDue is how long Run waits before it fetches for the first time: not at all
+// but for keys that were taken over. Where the last fetch failed, the new
+// configuration may be the cure, so it is tried within the budget.
+func (v *Verifier) untilDue(t *tenant) time.Duration {
+	now := v.now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if latest := now.Add(v.refreshEvery); t.due.After(latest) {
+		t.due = latest
+	}
+	wait := max(0, t.due.Sub(now))
+	failing := t.sources[0].lastError() != nil || t.sources[1].lastError() != nil
+	if wait > 0 && failing && t.budget.AllowN(now, 1) {
+		return 0
+	}
+	return wait
+}
+
+// putOff makes t due after a pause, which grows from time to time.
+func (v *Verifier) putOff(t *tenant) time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	pause := jitter(t.pause)
+	t.due = v.now().Add(pause)
+	t.pause = min(2*t.pause, backoffMax)
+	return pause
+}
+
+// refreshed makes t due when its keys, just fetched, are to be fetched again.
+func (v *Verifier) refreshed(t *tenant) time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	pause := jitter(v.refreshEvery)
+	t.due = v.now().Add(pause)
+	t.pause = backoffMin
+	return pause
 }
 
 // jitter takes up to a fifth off d, so that many guards do not fetch at once.
@@ -338,17 +434,20 @@ func jitter(d time.Duration) time.Duration {
 	return d - time.Duration(rand.Int64N(int64(d)/5+1))
 }
 
-// newClient returns a client for key sets on the base of given, which may be nil.
-// Redirects are answers like others: keys come from the authority itself.
-func newClient(given *http.Client) *http.Client {
+// newClient returns a client for key sets on the base of given; where that is nil,
+// one of our own that trusts roots, or the system's when nil. That one keeps no
+// connection, which would idle for hours and outlive the Verifier, and unpacks
+// nothing. Redirects are answers like others: keys come from the authority itself.
+func newClient(given *http.Client, roots *x509.CertPool) *http.Client {
 	client := &http.Client{Transport: &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
 		DialContext:            (&net.Dialer{Timeout: 5 * time.Second}).DialContext,
+		TLSClientConfig:        &tls.Config{RootCAs: roots},
 		TLSHandshakeTimeout:    5 * time.Second,
 		ResponseHeaderTimeout:  5 * time.Second,
-		IdleConnTimeout:        30 * time.Second,
 		MaxResponseHeaderBytes: 64 << 10,
-		ForceAttemptHTTP2:      true,
+		DisableKeepAlives:      true,
+		DisableCompression:     true,
 	}}
 	if given != nil {
 		client = new(*given)

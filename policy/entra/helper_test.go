@@ -183,8 +183,6 @@ func serveKeys(t testing.TB, keys ...jwk) *endpoint {
 			<-wait
 		}
 		switch {
-		case body == "redirect":
-			http.Redirect(w, r, "/elsewhere", http.StatusFound)
 		case body == "error":
 			http.Error(w, "down", http.StatusInternalServerError)
 		default:
@@ -259,6 +257,20 @@ func mustRefresh(t testing.TB, v *Verifier) {
 	t.Helper()
 	if err := v.Refresh(context.Background()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// settle waits for the fetches under way: a caller waits for one endpoint only.
+func settle(v *Verifier) {
+	for _, t := range v.tenants {
+		for i := range t.sources {
+			t.mu.Lock()
+			f := t.sources[i].flight
+			t.mu.Unlock()
+			if f != nil {
+				<-f.ended
+			}
+		}
 	}
 }
 

@@ -1,11 +1,13 @@
 package entra
 
 import (
-	"encoding/json"
 	"errors"
+	"hash/maphash"
 	"math"
 	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -77,14 +79,41 @@ func (v value) elements(visit func(value) bool) (ok bool) {
 
 // unquote decodes a JSON string that has been scanned.
 func unquote(quoted string) string {
-	if strings.IndexByte(quoted, '\\') < 0 {
-		return quoted[1 : len(quoted)-1]
+	s := quoted[1 : len(quoted)-1]
+	i := strings.IndexByte(s, '\\')
+	if i < 0 {
+		return s
 	}
-	var s string
-	if err := json.Unmarshal([]byte(quoted), &s); err != nil {
-		return ""
+	b := make([]byte, 0, len(s))
+	for ; i >= 0; i = strings.IndexByte(s, '\\') {
+		b = append(b, s[:i]...)
+		c := s[i+1]
+		s = s[i:]
+		switch c {
+		case 'u':
+			r := rune(hex4(s))
+			if utf16.IsSurrogate(r) {
+				s = s[6:]
+				r = utf16.DecodeRune(r, rune(hex4(s)))
+			}
+			b = utf8.AppendRune(b, r)
+			s = s[6:]
+			continue
+		case 'b':
+			c = '\b'
+		case 'f':
+			c = '\f'
+		case 'n':
+			c = '\n'
+		case 'r':
+			c = '\r'
+		case 't':
+			c = '\t'
+		}
+		b = append(b, c)
+		s = s[2:]
 	}
-	return s
+	return string(append(b, s...))
 }
 
 // scanObject reads text, which must be one JSON object and nothing else, and
@@ -146,29 +175,47 @@ func scanObject(text string, visit func(name string, start, end int)) (duplicate
 	return duplicate, nil
 }
 
-// memberName is a name with a sum that tells most different ones apart.
+// memberName is a name with a sum that names which differ in more than case do not
+// share. The seed keeps anyone from choosing names that do: comparing hundreds of
+// those with each other would cost more than verifying a signature.
 type memberName struct {
 	text string
-	sum  uint32 // of the ASCII lower case; 0 for names beyond ASCII
+	sum  uint64
 }
 
+var nameSeed = maphash.MakeSeed()
+
 func newMemberName(text string) memberName {
-	sum := uint32(2166136261) // FNV-1a
+	var buf [64]byte
+	folded := buf[:0]
 	for i := range len(text) {
 		c := text[i]
 		if c >= utf8.RuneSelf {
-			return memberName{text: text}
+			folded = []byte(strings.Map(fold, text))
+			break
 		}
 		if 'A' <= c && c <= 'Z' {
 			c += 'a' - 'A'
 		}
-		sum = (sum ^ uint32(c)) * 16777619
+		folded = append(folded, c)
 	}
-	return memberName{text, sum | 1}
+	return memberName{text, maphash.Bytes(nameSeed, folded)}
+}
+
+// fold is one and the same for all runes that strings.EqualFold takes to be equal.
+func fold(r rune) rune {
+	least := r
+	for f := unicode.SimpleFold(r); f != r; f = unicode.SimpleFold(f) {
+		least = min(least, f)
+	}
+	if 'A' <= least && least <= 'Z' {
+		least += 'a' - 'A'
+	}
+	return least
 }
 
 func (m *memberName) equal(o *memberName) bool {
-	return (m.sum == o.sum || m.sum == 0 || o.sum == 0) && strings.EqualFold(m.text, o.text)
+	return m.sum == o.sum && strings.EqualFold(m.text, o.text)
 }
 
 // scanner walks over JSON text by RFC 8259. Its text is valid UTF-8.

@@ -76,41 +76,38 @@ type jsonKey struct {
 // of other than 2048 to 4096 bits, are passed over; a set without any usable key
 // is an error. Of different keys under one kid neither is used.
 func parseKeySet(body []byte, fetched time.Time, generation uint64) (*keySet, error) {
-	var doc struct {
-		Keys []json.RawMessage `json:"keys"`
-	}
-	if err := json.Unmarshal(body, &doc); err != nil {
-		return nil, errors.New("not a JSON Web Key Set")
-	}
-	if len(doc.Keys) > maxKeys {
-		return nil, fmt.Errorf("%d keys, more than %d", len(doc.Keys), maxKeys)
+	var (
+		text = string(body)
+		keys value
+	)
+	duplicate, err := scanObject(text, func(name string, start, end int) {
+		if name == "keys" {
+			keys = value(text[start:end])
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("not a JSON Web Key Set: %w", err)
 	}
 	s := &keySet{fetched: fetched, generation: generation, byKid: map[string]*key{}, listed: map[keyID]struct{}{}}
-	for _, raw := range doc.Keys {
-		var j jsonKey
-		if json.Unmarshal(raw, &j) != nil {
-			continue
+	count := 0
+	isArray := keys.elements(func(v value) bool {
+		if count++; count > maxKeys {
+			return false
 		}
-		public := j.rsa()
-		if public == nil {
-			continue
-		}
-		known, seen := s.byKid[j.Kid]
-		switch {
-		case !seen:
-			s.byKid[j.Kid] = &key{public: public, issuers: []string{j.Issuer}}
-		case known != nil && known.public.Equal(public):
-			known.issuers = append(known.issuers, j.Issuer)
-		default:
-			s.byKid[j.Kid] = nil
-		}
+		s.add(v)
+		return true
+	})
+	switch {
+	case !isArray || duplicate:
+		return nil, errors.New("not a JSON Web Key Set: no single array of keys in it")
+	case count > maxKeys:
+		return nil, fmt.Errorf("more than %d keys", maxKeys)
 	}
 	for kid, k := range s.byKid {
 		if k == nil {
 			delete(s.byKid, kid)
 			continue
 		}
-		var err error
 		if k.jwk, err = jwkset.NewJWKFromKey(k.public, jwkset.JWKOptions{
 			Metadata: jwkset.JWKMetadataOptions{ALG: jwkset.AlgRS256, KID: kid, USE: jwkset.UseSig},
 		}); err != nil {
@@ -124,7 +121,6 @@ func parseKeySet(body []byte, fetched time.Time, generation uint64) (*keySet, er
 	if len(s.byKid) == 0 {
 		return nil, errors.New("no usable key in it")
 	}
-	var err error
 	s.keyfunc, err = keyfunc.New(keyfunc.Options{
 		Storage:      storage{MemoryJWKSet: jwkset.NewMemoryStorage(), set: s},
 		UseWhitelist: []jwkset.USE{jwkset.UseSig},
@@ -132,10 +128,44 @@ func parseKeySet(body []byte, fetched time.Time, generation uint64) (*keySet, er
 	return s, err
 }
 
+// add lists the key that v describes if it may verify RS256 signatures. Of
+// different keys under one kid it leaves a mark in place of both.
+func (s *keySet) add(v value) {
+	var j jsonKey
+	if json.Unmarshal([]byte(v), &j) != nil {
+		return
+	}
+	public := j.rsa()
+	if public == nil {
+		return
+	}
+	known, seen := s.byKid[j.Kid]
+	switch {
+	case !seen:
+		s.byKid[j.Kid] = &key{public: public, issuers: []string{j.Issuer}}
+	case known != nil && known.public.Equal(public):
+		known.issuers = append(known.issuers, j.Issuer)
+	default:
+		s.byKid[j.Kid] = nil
+	}
+}
+
+// canBePublished reports whether a key may be listed under kid: 1 to 256 visible
+// ASCII characters. Entra's are base64url. A token that names another kid can be
+// refused without a look at the keys.
+func canBePublished(kid string) bool {
+	for i := range len(kid) {
+		if kid[i] <= ' ' || kid[i] > '~' {
+			return false
+		}
+	}
+	return kid != "" && len(kid) <= maxText
+}
+
 // rsa returns the key if it may verify RS256 signatures, else nil.
 func (j *jsonKey) rsa() *rsa.PublicKey {
 	switch {
-	case j.Kty != "RSA", j.Kid == "", len(j.Kid) > maxText:
+	case j.Kty != "RSA", !canBePublished(j.Kid):
 		return nil
 	case j.Use != "" && j.Use != "sig", j.Alg != "" && j.Alg != "RS256":
 		return nil

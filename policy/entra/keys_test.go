@@ -6,7 +6,6 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
-	"math/big"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -67,10 +66,10 @@ func TestLateCallerCausesNoFetch(t *testing.T) {
 	s := &tenant.sources[0]
 	before := s.set.Load()
 	mustRefresh(t, v)
-	if v.fetch(tenant, s, before) != nil {
+	if v.fetch(tenant, s, before, "Z") != nil {
 		t.Error("fetched although the keys are newer than what the caller saw")
 	}
-	f := v.fetch(tenant, s, s.set.Load())
+	f := v.fetch(tenant, s, s.set.Load(), "Z")
 	if f == nil {
 		t.Fatal("no fetch within the budget")
 	}
@@ -92,65 +91,6 @@ func TestWithdrawnKeyIsGone(t *testing.T) {
 	keys.serve(keySetJSON(published("A", &keyB().PublicKey)))
 	mustRefresh(t, v)
 	expect(t, v, user(userClaims()), policy.ReasonTokenBadSignature)
-}
-
-func TestFailedFetchKeepsLastGoodKeys(t *testing.T) {
-	big1024 := published("A", &keyWeak().PublicKey)
-	huge := big1024.with("n", b64(append(append([]byte{0x80}, make([]byte, 511)...), 1)))
-	var tooMany []jwk
-	for i := range maxKeys + 1 {
-		tooMany = append(tooMany, published(fmt.Sprint(i), &keyA().PublicKey))
-	}
-	a := published("A", &keyA().PublicKey)
-	for name, body := range map[string]string{
-		"empty object":              `{}`,
-		"no keys":                   `{"keys":[]}`,
-		"null":                      `null`,
-		"HTML":                      "<!doctype html><title>Sign in</title>",
-		"more than a megabyte":      keySetJSON(published("B", &keyB().PublicKey)) + strings.Repeat(" ", maxKeySetBytes),
-		"too many keys":             keySetJSON(tooMany...),
-		"RSA of 1024 bits":          keySetJSON(big1024),
-		"RSA of 4104 bits":          keySetJSON(huge),
-		"different keys of one kid": keySetJSON(a, published("A", &keyB().PublicKey)),
-		"key for encryption":        keySetJSON(a.with("use", "enc")),
-		"key for another operation": keySetJSON(a.with("key_ops", []string{"encrypt"})),
-		"key of another algorithm":  keySetJSON(a.with("alg", "PS256")),
-		"key without a kid":         keySetJSON(a.with("kid", "")),
-		"key with an even exponent": keySetJSON(a.with("e", b64([]byte{4}))),
-		"key with exponent 1":       keySetJSON(a.with("e", b64([]byte{1}))),
-		"key with an even modulus":  keySetJSON(a.with("n", b64(new(big.Int).Lsh(big.NewInt(3), 2046).Bytes()))),
-		"key not base64url":         keySetJSON(a.with("n", "!!")),
-		"symmetric key":             keySetJSON(jwk{"kty": "oct", "kid": "A", "k": "c2VjcmV0"}),
-		"status 500":                "error",
-		"redirect":                  "redirect",
-	} {
-		t.Run(name, func(t *testing.T) {
-			keys := serveKeys(t, a)
-			var failed atomic.Int32
-			v := newVerifier(t, Config{Authority: keys.URL, Tenants: []string{tid}, Event: func(e Event) {
-				if e.Kind == EventFailed && e.Err != nil && e.Keys == 1 {
-					failed.Add(1)
-				}
-			}})
-			mustRefresh(t, v)
-			keys.serve(body)
-			if err := v.Refresh(context.Background()); err == nil {
-				t.Error("Refresh: no error")
-			}
-			expect(t, v, user(userClaims()), "")
-			if keys.count("/elsewhere") != 0 {
-				t.Error("the redirect was followed")
-			}
-			if n := failed.Load(); n != 2 {
-				t.Errorf("%d failures told, want 2", n)
-			}
-			for _, s := range v.Status() {
-				if s.LastError == nil || s.Keys != 1 || !s.Usable || s.Stale {
-					t.Errorf("status = %+v", s)
-				}
-			}
-		})
-	}
 }
 
 func TestUsableKeysAmongOthers(t *testing.T) {
