@@ -2,21 +2,19 @@ package listen_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/net/http2"
 
 	"github.com/partnerguard/partnerguard/proxy/listen"
 )
@@ -36,63 +34,6 @@ func open(t *testing.T, cfg listen.Config) *listen.Server {
 }
 
 func proto(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.Proto+" "+r.RequestURI) }
-
-// certificate writes a throw-away certificate for 127.0.0.1 and its key.
-func certificate(t *testing.T) (cert, key string, pool *x509.CertPool) {
-	t.Helper()
-	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &k.PublicKey, k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	write := func(name, kind string, der []byte) string {
-		file := filepath.Join(dir, name)
-		if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return file
-	}
-	parsed, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pool = x509.NewCertPool()
-	pool.AddCert(parsed)
-	return write("cert.pem", "CERTIFICATE", der), write("key.pem", "PRIVATE KEY", keyDER), pool
-}
-
-func TestACertificateServesBothVersionsOfHTTP(t *testing.T) {
-	cert, key, pool := certificate(t)
-	s := open(t, listen.Config{Name: "tls", Certificate: cert, Key: key, Handler: http.HandlerFunc(proto)})
-	for _, http2 := range []bool{false, true} {
-		client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, ForceAttemptHTTP2: http2}}
-		res, err := client.Get("https://" + s.Address().String() + "/v1/x")
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, _ := io.ReadAll(res.Body)
-		res.Body.Close()
-		want := map[bool]string{false: "HTTP/1.1 /v1/x", true: "HTTP/2.0 /v1/x"}[http2]
-		if string(body) != want {
-			t.Errorf("served %q, want %q", body, want)
-		}
-		client.CloseIdleConnections()
-	}
-	old := &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}
-	if c, err := tls.Dial("tcp", s.Address().String(), old); err == nil {
-		c.Close()
-		t.Error("TLS 1.1 was accepted")
-	}
-}
 
 func TestEveryRequestIsTheHandlers(t *testing.T) {
 	s := open(t, listen.Config{Name: "plain", Handler: http.HandlerFunc(proto)})
@@ -200,15 +141,177 @@ func TestShutdownCutsWhatTakesLonger(t *testing.T) {
 
 func TestWhatCannotBeOpenedIsNamed(t *testing.T) {
 	s := open(t, listen.Config{Name: "first", Handler: http.HandlerFunc(proto)})
-	cert, _, _ := certificate(t)
+	unix, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close()
 	for name, cfg := range map[string]listen.Config{
-		"a port in use":                        {Address: s.Address().String()},
-		"a certificate file that is not there": {Address: "127.0.0.1:0", Certificate: "none.pem", Key: "none.key"},
-		"a key that is none":                   {Address: "127.0.0.1:0", Certificate: cert, Key: cert},
+		"a port in use":       {Address: s.Address().String()},
+		"a socket of no peer": {Socket: unix},
 	} {
 		cfg.Name, cfg.Handler = "second", http.HandlerFunc(proto)
 		if _, err := listen.Open(cfg); err == nil || !strings.Contains(err.Error(), "second") {
 			t.Errorf("%s: %v, want an error that names the listener", name, err)
 		}
+	}
+}
+
+// client calls over TLS if roots are given. It shows its certificate even where the
+// server does not name the issuer.
+func client(t *testing.T, roots *x509.CertPool, http2 bool, certs ...*tls.Certificate) *http.Client {
+	t.Helper()
+	transport := &http.Transport{ForceAttemptHTTP2: http2, TLSClientConfig: &tls.Config{RootCAs: roots}}
+	if len(certs) > 0 {
+		transport.TLSClientConfig.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certs[0], nil }
+	}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: 20 * time.Second}
+}
+
+// call returns the answer's status and body.
+func call(t *testing.T, c *http.Client, url string) (int, string) {
+	t.Helper()
+	res, err := c.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.StatusCode, string(body)
+}
+
+// eventually waits for what happens by itself and cannot be waited for otherwise.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !holds(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never: %s", what)
+		}
+	}
+}
+
+// A balancer asks for readiness now and then. Until it knows that the guard leaves
+// it goes on sending; POSTs show every failure, since no client repeats them.
+func TestNoCallFailsWhileTheGuardDrains(t *testing.T) {
+	cert, key, roots := certificate(t)
+	for _, version := range []string{"HTTP/1.1", "HTTP/1.1 with TLS", "HTTP/2.0"} {
+		t.Run(version, func(t *testing.T) {
+			cfg := listen.Config{Name: "drained", Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				proto(w, r)
+			})}
+			url := "http://"
+			if version != "HTTP/1.1" {
+				cfg.TLS, url = load(t, listen.TLSConfig{Certificate: cert, Key: key}), "https://"
+			}
+			s := open(t, cfg)
+			url += s.Address().String()
+			var ready, using atomic.Bool
+			ready.Store(true)
+			using.Store(true)
+
+			var calls, ended atomic.Int64
+			var users sync.WaitGroup
+			clients := client(t, roots, version == "HTTP/2.0")
+			for range 8 {
+				users.Go(func() {
+					for using.Load() {
+						// HTTP/2 gives back what it did not accept, and the client may send it again.
+						var body io.Reader = strings.NewReader("{}")
+						if version != "HTTP/2.0" {
+							body = struct{ io.Reader }{body}
+						}
+						res, err := clients.Post(url, "application/json", body)
+						if err != nil {
+							t.Errorf("a call failed: %v", err)
+							return
+						}
+						if got, _ := io.ReadAll(res.Body); !strings.HasPrefix(version, strings.Fields(string(got))[0]) {
+							t.Errorf("answered %q, want %s", got, version)
+						}
+						res.Body.Close()
+						calls.Add(1)
+						if res.Close {
+							ended.Add(1)
+						}
+					}
+				})
+			}
+			eventually(t, "calls go on", func() bool { return calls.Load() > 100 })
+			if ended.Load() > 0 {
+				t.Error("answers ended connections before the drain")
+			}
+
+			ready.Store(false)
+			s.Drain()
+			before := calls.Load()
+			eventually(t, "calls go on while draining", func() bool { return calls.Load() > before+100 })
+			if version != "HTTP/2.0" && ended.Load() < 50 {
+				t.Errorf("%d of about 100 answers ended their connection", ended.Load())
+			}
+			poll := time.NewTicker(20 * time.Millisecond)
+			defer poll.Stop()
+			for using.Load() {
+				<-poll.C
+				using.Store(ready.Load())
+			}
+			users.Wait() // unready is longer than the balancer's interval
+			if err := s.Shutdown(t.Context()); err != nil {
+				t.Errorf("Shutdown = %v", err)
+			}
+		})
+	}
+}
+
+func TestADrainedHTTP2ConnectionIsToldToGoAway(t *testing.T) {
+	cert, key, roots := certificate(t)
+	s := open(t, listen.Config{Name: "drained", TLS: load(t, listen.TLSConfig{Certificate: cert, Key: key}), Handler: http.HandlerFunc(proto)})
+	f := dialHTTP2(t, s, roots)
+	f.get(1)
+	f.await(func(fr http2.Frame) bool {
+		return fr.Header().StreamID == 1 && fr.Header().Flags.Has(http2.FlagDataEndStream)
+	})
+	s.Drain()
+	f.get(3)
+	f.await(func(fr http2.Frame) bool {
+		g, ok := fr.(*http2.GoAwayFrame)
+		return ok && g.ErrCode == http2.ErrCodeNo && g.LastStreamID == 3
+	})
+}
+
+// A connection that net/http has accepted, but that speaks HTTP/2 only after
+// Shutdown began, must not hold it up.
+func TestShutdownDoesNotWaitForAConnectionThatComesLate(t *testing.T) {
+	cert, key, roots := certificate(t)
+	s := open(t, listen.Config{Name: "tls", TLS: load(t, listen.TLSConfig{Certificate: cert, Key: key}), Handler: http.HandlerFunc(proto)})
+	late, err := dialPlain(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer late.Close()
+	call(t, client(t, roots, false), "https://"+s.Address().String()) // so late has been accepted, too
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.Shutdown(ctx) }()
+	eventually(t, "the socket is closed", func() bool {
+		c, err := dialPlain(s)
+		if err == nil {
+			c.Close()
+		}
+		return err != nil
+	})
+	conn := tls.Client(late, &tls.Config{RootCAs: roots, ServerName: "127.0.0.1", NextProtos: []string{"h2"}})
+	f := &framer{t: t, conn: conn, out: conn}
+	f.Framer = http2.NewFramer(f, conn)
+	io.WriteString(conn, http2.ClientPreface)
+	f.WriteSettings()
+	f.awaitEnd()
+	if err := <-done; err != nil {
+		t.Errorf("Shutdown = %v", err)
 	}
 }
