@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/partnerguard/partnerguard/policy"
 	"github.com/partnerguard/partnerguard/proxy"
@@ -51,14 +52,14 @@ func BenchmarkCall(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	g, err := proxy.New(proxy.Config{Policy: p, Verifier: known, Ledger: nothing{}, Observer: nothing{}, Upstreams: []*proxy.Upstream{up}, ValidateMFA: proxy.ValidateReads})
+	g, err := proxy.New(proxy.Config{Ledger: nothing{}, Observer: nothing{}, Settings: proxy.Settings{
+		Policy: p, Verifier: known, Upstreams: []*proxy.Upstream{up}, ValidateMFA: proxy.ValidateReads,
+		Listeners: []proxy.Listener{{Name: "l", Upstream: "u"}}, BodyTimeout: time.Minute,
+	}})
 	if err != nil {
 		b.Fatal(err)
 	}
-	guard, err := g.Handler(proxy.Listener{Name: "l", Upstream: "u"})
-	if err != nil {
-		b.Fatal(err)
-	}
+	guard := g.Handler("l")
 	for _, row := range []struct {
 		name string
 		h    http.Handler

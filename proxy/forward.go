@@ -24,7 +24,7 @@ func (g *Guard) forward(c *call) {
 	switch {
 	case err == nil:
 		c.report = once(report)
-	case g.policy.AuditOnly():
+	case c.settings.Policy.AuditOnly():
 		// While only watching, the breaker counts but stops nothing.
 	default:
 		g.refuse(c, policy.ReasonUpstreamCircuitOpen)
@@ -71,6 +71,10 @@ func (g *Guard) rewrite(pr *httputil.ProxyRequest, c *call) {
 	out.Trailer = nil
 
 	h := out.Header
+	if up.rewriteLinks {
+		c.links = linksOf(up.name, out.Method, c.facts.Path)
+		c.links.prepare(h)
+	}
 	for name := range h {
 		if isForwarding(name) {
 			delete(h, name)
@@ -112,12 +116,12 @@ func (g *Guard) rewrite(pr *httputil.ProxyRequest, c *call) {
 // asksMFA reports whether the guard asks Microsoft for its verdict on this call.
 func (g *Guard) asksMFA(c *call) bool {
 	switch {
-	case c.askedMFA, !c.upstream.validatesMFA, g.validateMFA == ValidateOff:
+	case c.askedMFA, !c.upstream.validatesMFA, c.settings.ValidateMFA == ValidateOff:
 		return false
 	case c.rec.Token.Kind != policy.KindAppUser && (c.rec.Token.Kind != policy.KindUndecided || c.rec.Token.TenantID == ""):
 		return false
 	}
-	return g.validateMFA == ValidateAll || c.in.Method == http.MethodGet || c.in.Method == http.MethodHead
+	return c.settings.ValidateMFA == ValidateAll || c.in.Method == http.MethodGet || c.in.Method == http.MethodHead
 }
 
 // observe reads what matters from the upstream's header. It changes nothing of
@@ -140,6 +144,9 @@ func (g *Guard) observe(res *http.Response, c *call) {
 		delete(res.Header, "Ismfacompliant")
 	}
 	stripOurs(res.Header)
+	if c.links != nil {
+		c.links.rewrite(res, []string{linkHost(c.upstream.url)}, linkBase(c.in, c.facts.Evidence.Prefix))
+	}
 	if res.StatusCode == http.StatusUnauthorized || res.StatusCode == http.StatusForbidden {
 		rec.UpstreamStatus = printable(res.Status, maxText)
 		res.Header["Partnerguard-Upstream-Status"] = []string{rec.UpstreamStatus}
@@ -230,7 +237,14 @@ func (c *call) Write(p []byte) (int, error) {
 	if !c.wroteHeader {
 		c.WriteHeader(http.StatusOK)
 	}
+	// What fits into one write fits into the socket's buffer, too: only longer answers
+	// can hang on a client that does not read.
+	if c.writes++; c.writes == 2 {
+		c.writing = writeStall(c.ResponseWriter, c.settings.BodyTimeout)
+	}
+	c.writing.begin()
 	n, err := c.ResponseWriter.Write(p)
+	c.writing.end()
 	c.rec.BytesOut += int64(n)
 	if err != nil {
 		c.writeErr = err

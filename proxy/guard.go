@@ -21,40 +21,28 @@ import (
 	"github.com/partnerguard/partnerguard/policy"
 )
 
-// Guard carries calls. It is safe for concurrent use; make it with New.
+// Guard carries calls. It is safe for concurrent use; make it with New. It lives as
+// long as the process: Swap gives it other Settings while calls are in flight.
 type Guard struct {
-	policy      *policy.Policy
-	verifier    Verifier
-	ledger      Ledger
-	observer    Observer
-	upstreams   map[string]*Upstream
-	validateMFA ValidateMFA
-	needLedger  bool
-	instance    string
-	generation  uint64
-	now         func() time.Time
-	onPanic     func(kind string, stack []byte)
+	ledger   Ledger
+	observer Observer
+	instance string
+	now      func() time.Time
+	onPanic  func(kind string, stack []byte)
 
-	names autoNames
+	settings atomic.Pointer[settings]
+	swapping sync.Mutex // one Swap at a time
+	names    autoNames
+	inFlight inFlight
 }
 
-// Config is what New needs. Policy, Verifier, Ledger, Observer and at least one
-// Upstream are required.
+// Config is what New needs. Ledger, Observer and Settings are required.
 type Config struct {
-	Policy    *policy.Policy
-	Verifier  Verifier
-	Ledger    Ledger
-	Observer  Observer
-	Upstreams []*Upstream
-	// ValidateMFA says which app+user calls ask Microsoft for its own verdict.
-	// Zero asks for none.
-	ValidateMFA ValidateMFA
-	// NeedLedger refuses calls whose decision cannot be recorded
-	// (ledger.on_failure: reject). False forwards them and says so.
-	NeedLedger bool
-	Instance   string           // name of this guard, in every record
-	Generation uint64           // of the configuration, in every record
-	Now        func() time.Time // nil is time.Now
+	Ledger   Ledger
+	Observer Observer
+	Settings Settings
+	Instance string           // name of this guard, in every record
+	Now      func() time.Time // nil is time.Now
 	// OnPanic is told of a panic that the guard caught: a mistake in this program. The
 	// call got ReasonInternalError. kind is the type of its value, or the text of a
 	// runtime error: any other value could hold what must not be written. It must not
@@ -97,60 +85,53 @@ const (
 // New checks cfg and returns a Guard.
 func New(cfg Config) (*Guard, error) {
 	switch {
-	case cfg.Policy == nil:
-		return nil, errors.New("proxy: Config.Policy is required")
-	case cfg.Verifier == nil:
-		return nil, errors.New("proxy: Config.Verifier is required")
 	case cfg.Ledger == nil:
 		return nil, errors.New("proxy: Config.Ledger is required")
 	case cfg.Observer == nil:
 		return nil, errors.New("proxy: Config.Observer is required")
-	case len(cfg.Upstreams) == 0:
-		return nil, errors.New("proxy: Config.Upstreams is required")
 	}
-	g := &Guard{
-		policy: cfg.Policy, verifier: cfg.Verifier, ledger: cfg.Ledger, observer: cfg.Observer,
-		upstreams: map[string]*Upstream{}, validateMFA: cfg.ValidateMFA, needLedger: cfg.NeedLedger,
-		instance: cfg.Instance, generation: cfg.Generation, now: cfg.Now, onPanic: cfg.OnPanic,
+	s, err := newSettings(cfg.Settings)
+	if err != nil {
+		return nil, err
 	}
+	g := &Guard{ledger: cfg.Ledger, observer: cfg.Observer, instance: cfg.Instance, now: cfg.Now, onPanic: cfg.OnPanic}
 	if g.now == nil {
 		g.now = time.Now
 	}
-	for _, u := range cfg.Upstreams {
-		g.upstreams[u.name] = u
-	}
+	g.settings.Store(s)
 	return g, nil
 }
 
-// Listener is what a call shows by the socket it came in by.
-type Listener struct {
-	Name        string
-	Integration string // that the listener belongs to; empty if none
-	Upstream    string // name of the upstream it leads to
-}
-
-// Handler returns the handler of one listener. It must be the server's whole
-// handler: a mux in front would clean and redirect paths.
-func (g *Guard) Handler(l Listener) (http.Handler, error) {
-	up := g.upstreams[l.Upstream]
-	if up == nil {
-		return nil, fmt.Errorf("proxy: listener %s leads to upstream %q, which is not configured", l.Name, l.Upstream)
-	}
+// Handler returns the handler of the listener with that name in the Settings; of one
+// that they lack, it refuses to serve. It must be the server's whole handler: a mux in
+// front would clean and redirect paths.
+func (g *Guard) Handler(listener string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		g.serve(w, r, &l, up)
-	}), nil
+		s := g.acquire()
+		defer s.release()
+		l, ok := s.listeners[listener]
+		if !ok {
+			panic(http.ErrAbortHandler) // a socket that no configuration knows
+		}
+		up := l.upstream
+		if other := s.hosts[hostName(r.Host)]; other != nil {
+			up = other
+		}
+		g.serve(w, r, s, l, up)
+	})
 }
 
 // serve is the path of a call.
-func (g *Guard) serve(w http.ResponseWriter, r *http.Request, l *Listener, up *Upstream) {
-	c := g.begin(w, r, l, up)
+func (g *Guard) serve(w http.ResponseWriter, r *http.Request, s *settings, l listener, up *Upstream) {
+	c := g.begin(w, r, s, l, up)
 	defer g.finish(c)
 
 	g.judge(c)
+	g.admit(c)
 
 	if err := g.ledger.Decide(&c.rec); err != nil {
 		c.unrecorded = err
-		if g.needLedger && c.rec.Effect != policy.Reject {
+		if s.NeedLedger && c.rec.Effect != policy.Reject {
 			c.rec.Effect, c.rec.Reason = policy.Reject, policy.ReasonLedgerUnavailable
 			c.rec.Encoded = c.rec.Encoded[:0]
 		}
@@ -168,16 +149,21 @@ func (g *Guard) serve(w http.ResponseWriter, r *http.Request, l *Listener, up *U
 type call struct {
 	http.ResponseWriter // the client's
 	in                  *http.Request
+	settings            *settings
 	upstream            *Upstream
 	rec                 Record
 	facts               policy.Call
 
 	target     string // request-target for the upstream, byte for byte
 	bearer     string
-	askedMFA   bool  // the client itself asked for isMfaCompliant
+	askedMFA   bool // the client itself asked for isMfaCompliant
+	links      *linkRule
 	unrecorded error // why the ledger lacks the call
 
+	entered     inFlightKey // counted as in flight; zero is not
 	wroteHeader bool
+	writes      int
+	writing     *stall
 	writeErr    error // of a write to the client
 	body        *requestBody
 	answer      *answerCopy
@@ -190,12 +176,12 @@ type call struct {
 var calls = sync.Pool{New: func() any { return new(call) }}
 
 // begin reads what the request shows before any of it is trusted.
-func (g *Guard) begin(w http.ResponseWriter, r *http.Request, l *Listener, up *Upstream) *call {
+func (g *Guard) begin(w http.ResponseWriter, r *http.Request, s *settings, l listener, up *Upstream) *call {
 	c := calls.Get().(*call)
-	*c = call{ResponseWriter: w, in: r, upstream: up, rec: Record{Encoded: c.rec.Encoded[:0]}}
+	*c = call{ResponseWriter: w, in: r, settings: s, upstream: up, rec: Record{Encoded: c.rec.Encoded[:0]}}
 	rec, facts := &c.rec, &c.facts
 	now := g.now().UTC()
-	rec.Call, rec.Time, rec.Instance, rec.Generation = newCallID(now), now, g.instance, g.generation
+	rec.Call, rec.Time, rec.Instance, rec.Generation = newCallID(now), now, g.instance, s.Generation
 	rec.Listener, rec.Upstream, rec.Method = l.Name, up.name, clip(r.Method, maxText)
 	stripOurs(r.Header)
 	// A trailer could repeat any header after the decision; nothing needs them.
@@ -209,6 +195,7 @@ func (g *Guard) begin(w http.ResponseWriter, r *http.Request, l *Listener, up *U
 		e.Peer = peer.Addr().Unmap()
 		rec.Peer = e.Peer.String()
 	}
+	e.ClientCert = certificateNames(r.TLS)
 	e.Host = hostName(r.Host)
 	e.Application = headerValue(r.Header, "Ms-Partnercenter-Application")
 	e.UserAgent = headerValue(r.Header, "User-Agent")
@@ -222,7 +209,7 @@ func (g *Guard) begin(w http.ResponseWriter, r *http.Request, l *Listener, up *U
 		// On a copy: the server knows by its own request's Body that a client still
 		// waits for 100 Continue, and must then neither wait for the body nor use
 		// the connection again.
-		c.body = &requestBody{ReadCloser: r.Body}
+		c.body = &requestBody{ReadCloser: r.Body, stall: readStall(w, s.BodyTimeout)}
 		c.in = r.WithContext(r.Context())
 		c.in.Body = c.body
 	}
@@ -236,7 +223,7 @@ func (g *Guard) judge(c *call) {
 		if p := recover(); p != nil {
 			g.caught(p)
 			c.rec.Decision = policy.Decision{Reason: policy.ReasonInternalError, Mode: policy.Enforce, WouldReject: true}
-			if g.policy.AuditOnly() {
+			if c.settings.Policy.AuditOnly() {
 				c.rec.Mode, c.rec.Effect = policy.Audit, policy.Allow
 			}
 		}
@@ -250,13 +237,13 @@ func (g *Guard) judge(c *call) {
 		facts.Token, facts.TokenReason = g.verify(c)
 		rec.Token = facts.Token
 	}
-	facts.Attribution = g.policy.Attribute(facts)
+	facts.Attribution = c.settings.Policy.Attribute(facts)
 	rec.Integration = g.names.bound(facts.Attribution.Name)
 	rec.Evidence, rec.Owner = facts.Attribution.Evidence, facts.Attribution.Owner
-	if facts.Refusal == "" && facts.Evidence.Prefix != "" && !g.policy.KnowsPrefix(facts.Evidence.Prefix) {
+	if facts.Refusal == "" && facts.Evidence.Prefix != "" && !c.settings.Policy.KnowsPrefix(facts.Evidence.Prefix) {
 		facts.Refusal = policy.ReasonIntegrationUnknown
 	}
-	rec.Decision = g.policy.Decide(facts)
+	rec.Decision = c.settings.Policy.Decide(facts)
 }
 
 // verify reads the bearer token.
@@ -270,7 +257,7 @@ func (g *Guard) verify(c *call) (t policy.Token, reason policy.Reason) {
 			t, reason = policy.Token{}, policy.ReasonInternalError
 		}
 	}()
-	t, err := g.verifier.Verify(c.in.Context(), c.bearer, c.upstream.audiences)
+	t, err := c.settings.Verifier.Verify(c.in.Context(), c.bearer, c.upstream.audiences)
 	if err == nil {
 		t.Verified = true
 		return t, ""
@@ -309,14 +296,23 @@ func (g *Guard) finish(c *call) {
 	if c.answer != nil {
 		rec.Rejection, rec.Code = readRejection(rec.Status, rec.UpstreamStatus, c.answer.header, c.answer.bytes())
 	}
-	if aborted && rec.Error == "" {
+	stalled := c.writing.stalled() || c.body != nil && c.body.stall.stalled()
+	switch {
+	case aborted && stalled:
+		rec.Error = errorClientStalled
+	case aborted && rec.Error == "" && (c.in.Context().Err() != nil || c.writeErr != nil):
+		rec.Error = errorClientCanceled
+	case aborted && rec.Error == "":
 		rec.Error = errorUpstreamAborted
-		if c.in.Context().Err() != nil || c.writeErr != nil {
-			rec.Error = errorClientCanceled
-		}
+	case c.writing.stalled():
+		// Time was up just as the last write went through: free the connection of it.
+		http.NewResponseController(c.ResponseWriter).SetWriteDeadline(time.Time{})
 	}
 	if c.report != nil {
 		c.report(errNeutral) // only counts where nothing was reported before
+	}
+	if c.entered != (inFlightKey{}) {
+		g.inFlight.leave(c.entered)
 	}
 	// A call whose decision was lost is still told, so that the gap counts it.
 	if err := g.ledger.Finish(rec); c.unrecorded == nil {
@@ -345,6 +341,7 @@ func (g *Guard) caught(value any) {
 // Words of Record.Error besides the reasons.
 const (
 	errorClientCanceled  = "client_canceled"  // the client hung up
+	errorClientStalled   = "client_stalled"   // no byte of a body moved for Settings.BodyTimeout
 	errorUpstreamAborted = "upstream_aborted" // the upstream broke off in the middle of its answer
 )
 

@@ -104,6 +104,8 @@ type rig struct {
 	*memory
 	guard    *httptest.Server
 	upstream *httptest.Server
+	settings proxy.Settings
+	swap     func(proxy.Settings) (<-chan struct{}, error)
 }
 
 type option func(*policy.Config, *proxy.Config, *proxy.UpstreamConfig, *proxy.Listener)
@@ -119,7 +121,7 @@ func newRig(t *testing.T, upstream http.Handler, options ...option) *rig {
 	pc := policy.Config{Mode: policy.Audit, Tenants: []string{tenant}, Integrations: []policy.Integration{
 		{Name: "billing", Owner: "billing@contoso.example"},
 	}}
-	gc := proxy.Config{Verifier: known, Ledger: r.memory, Observer: r.memory, Instance: "test", ValidateMFA: proxy.ValidateReads}
+	gc := proxy.Config{Ledger: r.memory, Observer: r.memory, Instance: "test", Settings: proxy.Settings{Generation: 1, Verifier: known, ValidateMFA: proxy.ValidateReads}}
 	uc := proxy.UpstreamConfig{Name: "partner-center", URL: r.upstream.URL, Audiences: []string{"https://api.partnercenter.microsoft.com"}, ValidatesMFA: true}
 	l := proxy.Listener{Name: "main", Upstream: "partner-center"}
 	for _, o := range options {
@@ -134,16 +136,13 @@ func newRig(t *testing.T, upstream http.Handler, options ...option) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(up.Close)
-	gc.Policy, gc.Upstreams = p, []*proxy.Upstream{up}
+	gc.Settings.Policy, gc.Settings.Upstreams, gc.Settings.Listeners = p, []*proxy.Upstream{up}, []proxy.Listener{l}
 	g, err := proxy.New(gc)
 	if err != nil {
 		t.Fatal(err)
 	}
-	h, err := g.Handler(l)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.guard = httptest.NewServer(h)
+	r.settings, r.swap = gc.Settings, g.Swap
+	r.guard = httptest.NewServer(g.Handler(l.Name))
 	t.Cleanup(r.guard.Close)
 	return r
 }
@@ -579,7 +578,7 @@ func TestALedgerThatCannotWrite(t *testing.T) {
 	for _, need := range []bool{false, true} {
 		up := &seen{}
 		r := newRig(t, up, func(_ *policy.Config, g *proxy.Config, _ *proxy.UpstreamConfig, _ *proxy.Listener) {
-			g.NeedLedger = need
+			g.Settings.NeedLedger = need
 		})
 		r.broken = errors.New("disk full")
 		res, _ := r.send(t, "GET /v1/x HTTP/1.1", "Host: x", "Authorization: Bearer mfa")

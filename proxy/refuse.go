@@ -39,6 +39,8 @@ func (g *Guard) refuse(c *call, reason policy.Reason) {
 	switch status {
 	case http.StatusServiceUnavailable:
 		h["Retry-After"] = []string{"5"}
+	case http.StatusTooManyRequests:
+		h["Retry-After"] = []string{"1"}
 	case http.StatusMethodNotAllowed:
 		h["Allow"] = []string{"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"}
 	}
@@ -90,15 +92,17 @@ func (c *call) describe(reason policy.Reason) string {
 		return "The method " + printable(clip(c.in.Method, 16), 16) + " is not forwarded."
 	case policy.ReasonIntegrationUnknown:
 		return "No integration is configured under this /i/{name}/ prefix. Check the base URL of the client, or add the integration to the guard's configuration."
+	case policy.ReasonLimitExceeded:
+		return "So many calls of " + c.rec.Integration + " are in flight that the guard takes no more of them. The call was not sent; repeat it after Retry-After, or raise max_calls of the integration (limits.calls for all)."
 	case policy.ReasonUpstreamUnreachable:
 		if c.ownListener {
 			return "The guard would call itself: the upstream's name resolves to one of its own listeners. Set dial of the upstream to Microsoft's address."
 		}
-		return "Partner Center could not be reached by the guard; the call may or may not have arrived. Repeat it only if it is safe to repeat, with the same MS-RequestId."
+		return c.upstream.title + " could not be reached by the guard; the call may or may not have arrived. Repeat it only if it is safe to repeat, with the same MS-RequestId."
 	case policy.ReasonUpstreamTimeout:
-		return "Partner Center did not answer the guard in time; the call may or may not have been carried out. Repeat it only if it is safe to repeat, with the same MS-RequestId."
+		return c.upstream.title + " did not answer the guard in time; the call may or may not have been carried out. Repeat it only if it is safe to repeat, with the same MS-RequestId."
 	case policy.ReasonUpstreamCircuitOpen:
-		return "Partner Center failed so often in the last seconds that calls are held back for a moment. The call was not sent; repeat it after Retry-After."
+		return c.upstream.title + " failed so often in the last seconds that calls are held back for a moment. The call was not sent; repeat it after Retry-After."
 	}
 	causes := policy.Diagnose(c.rec.Token, reason, "", "")
 	if len(causes) == 0 {

@@ -5,12 +5,14 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"unicode/utf8"
 
 	"github.com/google/uuid"
 	"github.com/partnerguard/partnerguard/policy"
+	"golang.org/x/net/http/httpguts"
 )
 
 // Bounds of what a Record keeps of client text, in bytes.
@@ -24,16 +26,25 @@ const (
 // readTarget finds the path and query that go upstream byte for byte, and refuses
 // what two readers could read differently.
 func (g *Guard) readTarget(c *call) {
+	if !c.in.ProtoAtLeast(1, 1) {
+		c.ResponseWriter = &oldClient{c.ResponseWriter}
+	}
 	switch strings.ToUpper(c.in.Method) {
 	case http.MethodConnect, http.MethodTrace, "TRACK":
 		c.facts.Refusal = policy.ReasonMethodRefused
 		return
 	}
-	target := originForm(c.in.RequestURI)
+	target := c.in.RequestURI
+	if c.in.ProtoMajor == 1 {
+		target = originForm(target)
+	}
 	path, query, hasQuery := strings.Cut(target, "?")
+	if !unambiguous(path) {
+		c.facts.Refusal = policy.ReasonRequestAmbiguous
+	}
 	if name, rest, ok := policy.CutIntegration(path); ok {
 		c.facts.Evidence.Prefix, path = name, rest
-		if name == "" {
+		if name == "" && c.facts.Refusal == "" {
 			c.facts.Refusal = policy.ReasonIntegrationUnknown
 		}
 		target = path
@@ -41,39 +52,41 @@ func (g *Guard) readTarget(c *call) {
 			target += "?" + query
 		}
 	}
+	if !sendable(path, query) || !wellFormed(c.in) {
+		c.facts.Refusal = policy.ReasonRequestAmbiguous
+	}
 	c.target, c.facts.Path = target, path
 	c.rec.Path = clip(path, maxPath)
 	c.rec.QueryNames = queryNames(query)
 	route, customer := policy.FindRoute(c.in.Method, path)
 	c.rec.Route, c.rec.Customer = route.Template, customer
-	if !unambiguous(path) {
-		c.facts.Refusal = policy.ReasonRequestAmbiguous
-	}
 }
 
 // originForm cuts scheme and authority off an absolute-form target (RFC 9112
-// section 3.2.2); they never choose where a call goes.
+// section 3.2.2); they never choose where a call goes. What is in neither form
+// comes back as it is, for unambiguous to refuse.
 func originForm(target string) string {
 	if strings.HasPrefix(target, "/") {
 		return target
 	}
-	_, rest, ok := strings.Cut(target, "://")
-	if !ok {
+	scheme, rest, _ := strings.Cut(target, "://")
+	authority := strings.IndexAny(rest, "/?")
+	if authority < 0 {
+		authority = len(rest)
+	}
+	switch {
+	case !strings.EqualFold(scheme, "http") && !strings.EqualFold(scheme, "https"), authority == 0:
 		return target
+	case strings.HasPrefix(rest[authority:], "/"):
+		return rest[authority:]
 	}
-	if i := strings.IndexAny(rest, "/?"); i >= 0 {
-		if rest[i] == '?' {
-			return "/" + rest[i:]
-		}
-		return rest[i:]
-	}
-	return "/"
+	return "/" + rest[authority:]
 }
 
-// unambiguous reports whether every reader takes path for the same resource. It
-// refuses dot segments, literal or once decoded, bad escapes, %00, and a raw
-// backslash, # or control byte. What Partner Center documents in ids and paths
-// (%2F, %5C, ;, :, =, //) passes.
+// unambiguous reports whether every reader takes path, as the client sent it, for
+// the same resource. It refuses dot segments, literal or once decoded, bad escapes,
+// %00, and a raw backslash, # or control byte. What Partner Center documents in
+// ids and paths (%2F, %5C, ;, :, =, //) passes.
 func unambiguous(path string) bool {
 	if !strings.HasPrefix(path, "/") {
 		return false
@@ -89,29 +102,45 @@ func unambiguous(path string) bool {
 			escaped = true
 		}
 	}
-	if escaped {
-		decoded, err := url.PathUnescape(path)
-		if err != nil || strings.IndexByte(decoded, 0) >= 0 {
-			return false
-		}
-		if hasDotSegment(decoded) {
-			return false
-		}
-	} else if dots && hasDotSegment(path) {
-		return false
+	if !escaped {
+		return !dots || !hasDotSegment(path)
 	}
-	// The one form that net/url cannot carry unchanged: a leading // with bytes
-	// that it would escape.
-	if strings.HasPrefix(path, "//") {
-		u := url.URL{RawPath: path}
-		u.Path, _ = url.PathUnescape(path)
-		return u.EscapedPath() == path
-	}
-	return true
+	decoded, err := url.PathUnescape(path)
+	return err == nil && strings.IndexByte(decoded, 0) < 0 && !hasDotSegment(decoded)
 }
 
+// sendable reports whether net/http carries path and query unchanged. A space or
+// control byte, which HTTP/2 can bring, would end the target in HTTP/1.1, and net/url
+// escapes some bytes after a leading //.
+func sendable(path, query string) bool {
+	if strings.ContainsFunc(query, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
+		return false
+	}
+	if !strings.HasPrefix(path, "//") {
+		return true
+	}
+	u := url.URL{RawPath: path}
+	u.Path, _ = url.PathUnescape(path)
+	return u.EscapedPath() == path
+}
+
+// wellFormed finds what net/http checks in HTTP/1.1 and lets pass in HTTP/2: a method
+// that is no token, and a Content-Length that is no number, whose body it would drop.
+func wellFormed(r *http.Request) bool {
+	if !httpguts.ValidHeaderFieldName(r.Method) { // a token, too (RFC 9110 section 9.1)
+		return false
+	}
+	if r.ProtoMajor == 1 {
+		return true
+	}
+	length := r.Header["Content-Length"]
+	return len(length) == 0 || len(length) == 1 && length[0] == strconv.FormatInt(r.ContentLength, 10)
+}
+
+// hasDotSegment reports whether path has a segment . or ..; between backslashes,
+// too, as Windows servers take \ for / once they have decoded it.
 func hasDotSegment(path string) bool {
-	for s := range strings.SplitSeq(path, "/") {
+	for s := range strings.FieldsFuncSeq(path, func(r rune) bool { return r == '/' || r == '\\' }) {
 		if s == "." || s == ".." {
 			return true
 		}
@@ -151,10 +180,34 @@ func (c *call) identify() {
 	}
 	c.rec.RequestID = id("Ms-Requestid")
 	c.rec.CorrelationID = id("Ms-Correlationid")
+	keepEndToEnd(c.in.Header)
+}
+
+// keepEndToEnd makes sure that what the guard relied on and recorded goes out:
+// whatever Connection names is for the next hop only (RFC 9110 section 7.6.1), and
+// a client could have its token judged here and taken away before it is sent.
+func keepEndToEnd(h http.Header) {
+	delete(h, "Http2-Settings") // belongs to an Upgrade, which is never passed on
+	values := h["Connection"]
+	if len(values) == 0 {
+		return
+	}
+	var kept []string
+	for _, v := range values {
+		for option := range strings.SplitSeq(v, ",") {
+			option = strings.TrimSpace(option)
+			switch http.CanonicalHeaderKey(option) {
+			case "", "Authorization", "Ms-Requestid", "Ms-Correlationid", "Validatemfa", "Ms-Partnercenter-Application", "User-Agent":
+			default:
+				kept = append(kept, option)
+			}
+		}
+	}
+	h["Connection"] = kept
 }
 
 // stripOurs removes every header that could pass for one of ours, in any
-// spelling: some servers read _ as -.
+// spelling: some servers read _ or . as -.
 func stripOurs(h http.Header) {
 	for name := range h {
 		if isOurs(name) {
@@ -165,10 +218,14 @@ func stripOurs(h http.Header) {
 
 func isOurs(name string) bool {
 	const ours = "partnerguard"
-	if len(name) < len(ours) || name[0]|0x20 != 'p' {
+	if len(name) < len(ours) || name[0]|0x20 != 'p' || !strings.EqualFold(name[:len(ours)], ours) {
 		return false
 	}
-	return strings.EqualFold(name[:len(ours)], ours) && (len(name) == len(ours) || name[len(ours)] == '-' || name[len(ours)] == '_')
+	if len(name) == len(ours) {
+		return true
+	}
+	next := name[len(ours)]
+	return (next|0x20 < 'a' || next|0x20 > 'z') && (next < '0' || next > '9')
 }
 
 // isForwarding reports whether name tells of proxies passed: Forwarded and all of
@@ -249,15 +306,35 @@ func printable(s string, n int) string {
 // failed: then it is not the upstream's fault that the call broke.
 type requestBody struct {
 	io.ReadCloser
+	stall  *stall
 	n      atomic.Int64
 	failed atomic.Bool
 }
 
 func (b *requestBody) Read(p []byte) (int, error) {
+	b.stall.begin()
 	n, err := b.ReadCloser.Read(p)
+	b.stall.end()
 	b.n.Add(int64(n))
 	if err != nil && err != io.EOF {
 		b.failed.Store(true)
 	}
 	return n, err
 }
+
+// oldClient is the answer to an HTTP/1.0 client. It may not get 1xx (RFC 9110
+// section 15.2), which it would take for the answer, and its connection ends with
+// the answer: net/http ignores Transfer-Encoding in HTTP/1.0 and would read the
+// body as the next request (RFC 9112 section 6.1).
+type oldClient struct{ http.ResponseWriter }
+
+func (w *oldClient) WriteHeader(status int) {
+	if status < 200 {
+		return
+	}
+	w.Header()["Connection"] = []string{"close"}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (w *oldClient) Unwrap() http.ResponseWriter { return w.ResponseWriter }

@@ -6,11 +6,16 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
+	"net/textproto"
 	"net/url"
+	"os"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -21,10 +26,15 @@ import (
 // use; make it with NewUpstream.
 type Upstream struct {
 	name         string
+	title        string
 	url          *url.URL
 	audiences    []string
 	validatesMFA bool
+	rewriteLinks bool
 	transport    *http.Transport
+	once         *http.Transport // for what HTTP/2 would repeat; nil without HTTP/2
+	answerTime   time.Duration   // how long it may take no byte of a request and give no answer
+	silence      time.Duration   // how long it may say nothing in the middle of an answer
 	breaker      *gobreaker.TwoStepCircuitBreaker[any]
 }
 
@@ -37,6 +47,9 @@ type UpstreamConfig struct {
 	Audiences []string
 	// ValidatesMFA says that it knows the request header ValidateMfa.
 	ValidatesMFA bool
+	// RewriteLinks brings absolute links to URL's host in answers back through the
+	// guard, where Microsoft is known to send some (see links.go).
+	RewriteLinks bool
 	// Dial is where to connect instead of URL's host: host:port. The name in URL
 	// still goes into Host, SNI and certificate check, so that a hosts file may
 	// point Microsoft's name at this guard. Empty connects to URL's host.
@@ -44,12 +57,13 @@ type UpstreamConfig struct {
 	// RootCAs replaces the system's certificate authorities; nil keeps them.
 	RootCAs *x509.CertPool
 	// HTTP2 offers HTTP/2. It hides the reason phrase, which one known shape of
-	// MFA refusal needs, and costs more CPU.
+	// MFA refusal needs, and costs more CPU. Requests that change something and
+	// have no body go by HTTP/1.1 all the same: net/http's HTTP/2 repeats them.
 	HTTP2 bool
 	// Timeouts; zero means none but for ResponseHeader and Idle.
 	DialTimeout    time.Duration
 	TLSTimeout     time.Duration
-	ResponseHeader time.Duration // zero is 200 s: SDK clients wait for 180 s
+	ResponseHeader time.Duration // zero is 200 s: SDK clients wait for 180 s; also for each part of a body
 	Idle           time.Duration // zero is 90 s
 	// OwnAddresses are the guard's own listeners, which it refuses to dial: a
 	// hosts file could otherwise make it call itself.
@@ -81,6 +95,18 @@ func NewUpstream(cfg UpstreamConfig) (*Upstream, error) {
 	if cfg.Idle == 0 {
 		cfg.Idle = 90 * time.Second
 	}
+	transport, once := cfg.transport(cfg.HTTP2), (*http.Transport)(nil)
+	if cfg.HTTP2 {
+		once = cfg.transport(false)
+	}
+	return &Upstream{
+		name: cfg.Name, title: title(cfg.Name), url: u, rewriteLinks: cfg.RewriteLinks, audiences: slices.Clone(cfg.Audiences), validatesMFA: cfg.ValidatesMFA,
+		transport: transport, once: once, answerTime: cfg.DialTimeout + cfg.TLSTimeout + cfg.ResponseHeader, silence: cfg.ResponseHeader, breaker: newBreaker(cfg.Name, cfg.OnBreaker),
+	}, nil
+}
+
+// transport makes a transport of its own.
+func (cfg *UpstreamConfig) transport(http2 bool) *http.Transport {
 	dialer := &net.Dialer{
 		Timeout:   cfg.DialTimeout,
 		KeepAlive: 30 * time.Second,
@@ -94,7 +120,11 @@ func NewUpstream(cfg UpstreamConfig) (*Upstream, error) {
 			if cfg.Dial != "" {
 				address = cfg.Dial
 			}
-			return dialer.DialContext(ctx, network, address)
+			c, err := dialer.DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			return &upstreamConn{Conn: c}, nil
 		},
 		TLSClientConfig:       &tls.Config{RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12},
 		TLSHandshakeTimeout:   cfg.TLSTimeout,
@@ -105,34 +135,205 @@ func NewUpstream(cfg UpstreamConfig) (*Upstream, error) {
 		// Bodies and Accept-Encoding pass as they are: with deflate a price sheet
 		// is a ZIP file.
 		DisableCompression:     true,
-		ForceAttemptHTTP2:      cfg.HTTP2,
+		ForceAttemptHTTP2:      http2,
 		MaxResponseHeaderBytes: 1 << 20,
 	}
 	if cfg.Dial != "" {
 		t.Proxy = nil // a stated address is meant to be dialled
 	}
-	if !cfg.HTTP2 {
+	if http2 {
+		// A connection that died without a word would take call after call with it.
+		t.HTTP2 = &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second}
+	} else {
 		t.TLSNextProto = map[string]func(string, *tls.Conn) http.RoundTripper{}
 	}
-	return &Upstream{
-		name: cfg.Name, url: u, audiences: slices.Clone(cfg.Audiences), validatesMFA: cfg.ValidatesMFA,
-		transport: t, breaker: newBreaker(cfg.Name, cfg.OnBreaker),
-	}, nil
+	return t
+}
+
+// title is what people call the upstream.
+func title(name string) string {
+	switch name {
+	case "partner-center":
+		return "Partner Center"
+	case "partner-api":
+		return "The Partner API"
+	case "graph":
+		return "Microsoft Graph"
+	}
+	return "The upstream " + name
 }
 
 // Name returns the upstream's name.
 func (u *Upstream) Name() string { return u.name }
 
-// RoundTrip sends one request (http.RoundTripper).
+// RoundTrip sends one request (http.RoundTripper) and bounds what comes back: how
+// long it may say nothing, how much of it may come before the answer proper, and what
+// it may say in the guard's name.
 func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
-	return u.transport.RoundTrip(r)
+	transport := u.transport
+	if u.once != nil && r.Body == nil && !isSafe(r.Method) {
+		transport = u.once
+	}
+	if trace := httptrace.ContextClientTrace(r.Context()); trace != nil {
+		watch(r.Context(), trace)
+	}
+	ctx, cancel := context.WithCancelCause(r.Context())
+	silence := newStall(u.answerTime, func(time.Time) error {
+		cancel(errSilent)
+		return nil
+	})
+	out := r.WithContext(ctx)
+	var sent *sentBody
+	if r.Body != nil {
+		sent = &sentBody{ReadCloser: r.Body, silence: silence}
+		out.Body = sent
+	}
+	silence.begin()
+	res, err := transport.RoundTrip(out)
+	if sent != nil {
+		sent.answer()
+	}
+	silence.end()
+	if err != nil {
+		if context.Cause(ctx) == errSilent {
+			err = errSilent
+		}
+		cancel(err)
+		return nil, err
+	}
+	if res.StatusCode < 200 || res.StatusCode > 999 {
+		// Nobody asked for another protocol, and none may go round the guard.
+		res.Body.Close()
+		return nil, fmt.Errorf("%w: %d", errStatus, res.StatusCode)
+	}
+	stripOurs(res.Trailer)
+	bodiless := res.StatusCode == http.StatusNoContent || res.StatusCode == http.StatusNotModified
+	if bodiless || res.ContentLength < 0 {
+		// To a client of HTTP/2 it would be a promise; what net/http's HTTP/2 cannot
+		// read it leaves in.
+		delete(res.Header, "Content-Length")
+	}
+	if bodiless {
+		res.Body.Close()
+		res.Body = http.NoBody
+		return res, nil
+	}
+	if silence != nil {
+		silence.limit = u.silence
+	}
+	res.Body = &answerBody{ReadCloser: res.Body, res: res, silence: silence}
+	return res, nil
+}
+
+// watch adds to the trace of one call, which ReverseProxy made for it, what bounds the
+// upstream before its answer.
+func watch(ctx context.Context, trace *httptrace.ClientTrace) {
+	gotConn := trace.GotConn
+	trace.GotConn = func(info httptrace.GotConnInfo) {
+		if info.Reused {
+			settle(ctx, info.Conn)
+		}
+		if gotConn != nil {
+			gotConn(info)
+		}
+	}
+	got1xx := trace.Got1xxResponse
+	if got1xx == nil {
+		return // then net/http passes none on and bounds them itself
+	}
+	hints := 0
+	trace.Got1xxResponse = func(status int, header textproto.MIMEHeader) error {
+		if status == http.StatusSwitchingProtocols {
+			return fmt.Errorf("%w: %d", errStatus, status)
+		}
+		if hints++; hints > maxHints {
+			return errHints
+		}
+		stripOurs(http.Header(header))
+		delete(header, "Ismfacompliant")
+		return got1xx(status, header)
+	}
+}
+
+// maxHints is how many 1xx may come before an answer. 102 comes every 20 s at most.
+const maxHints = 64
+
+var (
+	errHints  = errors.New("the upstream sends 1xx without end")
+	errStatus = errors.New("the upstream answered with a status that is none")
+	errSilent = fmt.Errorf("the upstream fell silent: %w", os.ErrDeadlineExceeded)
+)
+
+// isSafe reports whether repeating a request changes nothing (RFC 9110 section
+// 9.2.1).
+func isSafe(method string) bool {
+	return method == http.MethodGet || method == http.MethodHead || method == http.MethodOptions
+}
+
+// sentBody is the body of a request on its way to the upstream. net/http bounds the
+// wait for an answer only once all of the request is sent: an upstream that takes no
+// more of it is bounded here.
+type sentBody struct {
+	io.ReadCloser
+
+	mu       sync.Mutex
+	silence  *stall // runs while the upstream, not the client, is waited for
+	answered bool
+}
+
+func (b *sentBody) Read(p []byte) (int, error) {
+	b.waiting(false)
+	n, err := b.ReadCloser.Read(p)
+	b.waiting(true)
+	return n, err
+}
+
+func (b *sentBody) waiting(upstream bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.answered:
+	case upstream:
+		b.silence.begin()
+	default:
+		b.silence.end()
+	}
+}
+
+// answer leaves the silence to others: what is still sent no longer counts.
+func (b *sentBody) answer() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.answered = true
+}
+
+// answerBody is the body of an upstream's answer.
+type answerBody struct {
+	io.ReadCloser
+	res     *http.Response
+	silence *stall
+}
+
+func (b *answerBody) Read(p []byte) (int, error) {
+	b.silence.begin()
+	n, err := b.ReadCloser.Read(p)
+	b.silence.end()
+	if err != nil {
+		stripOurs(b.res.Trailer) // which is complete now
+	}
+	return n, err
 }
 
 // BreakerState returns closed, half-open or open.
 func (u *Upstream) BreakerState() string { return u.breaker.State().String() }
 
 // Close closes idle connections.
-func (u *Upstream) Close() { u.transport.CloseIdleConnections() }
+func (u *Upstream) Close() {
+	u.transport.CloseIdleConnections()
+	if u.once != nil {
+		u.once.CloseIdleConnections()
+	}
+}
 
 // refuseOwn fails for an address that one of our own listeners serves.
 func refuseOwn(address string, own func() []netip.AddrPort) error {
@@ -201,4 +402,64 @@ func breakerVerdict(status int) error {
 		return errUpstreamStatus
 	}
 	return nil
+}
+
+// upstreamConn is a connection to an upstream that knows whether somebody reads it.
+type upstreamConn struct {
+	net.Conn
+
+	mu      sync.Mutex
+	reading bool
+	closed  bool
+	settled chan struct{} // closed at the next read, or when closed; nil if nobody waits
+}
+
+func (c *upstreamConn) Read(p []byte) (int, error) {
+	c.set(true, false)
+	n, err := c.Conn.Read(p)
+	c.set(false, false)
+	return n, err
+}
+
+func (c *upstreamConn) Close() error {
+	c.set(false, true)
+	return c.Conn.Close()
+}
+
+func (c *upstreamConn) set(reading, closed bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.reading, c.closed = reading, c.closed || closed
+	if c.settled != nil && (c.reading || c.closed) {
+		close(c.settled)
+		c.settled = nil
+	}
+}
+
+// settle waits until a connection that is used again is known to hold nothing more of
+// the answer before. net/http closes one that does, but only once it looks: a call that
+// is quicker would get what is left for its own answer. It has looked when it reads
+// from the socket again.
+func settle(ctx context.Context, conn net.Conn) {
+	if t, ok := conn.(*tls.Conn); ok {
+		conn = t.NetConn()
+	}
+	c, ok := conn.(*upstreamConn)
+	if !ok {
+		return
+	}
+	c.mu.Lock()
+	if c.reading || c.closed {
+		c.mu.Unlock()
+		return
+	}
+	if c.settled == nil {
+		c.settled = make(chan struct{})
+	}
+	settled := c.settled
+	c.mu.Unlock()
+	select {
+	case <-settled:
+	case <-ctx.Done():
+	}
 }

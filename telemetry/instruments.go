@@ -24,6 +24,12 @@ type instruments struct {
 	unrecorded counters[integrationLabel]
 	replays    atomic.Int64
 	unparsed   atomic.Int64
+	refused    atomic.Int64 // connections
+	intruders  atomic.Int64 // wrong credentials on the admin listener
+	reloads    counters[reloadResult]
+
+	// Tokens notices when tokens can no longer be verified.
+	Tokens TokenAlarm
 
 	duration     histogram[durationLabels]
 	upstreamTime histogram[upstreamLabel]
@@ -33,6 +39,27 @@ type instruments struct {
 	storeLag  metric.Float64Gauge
 	keyAge    metric.Float64Gauge // tenant, version
 	breaker   metric.Int64Gauge   // upstream, state
+
+	generation  metric.Int64Gauge
+	certificate metric.Float64Gauge // listener, name
+
+	wrong atomic.Pointer[Place] // where the configuration on disk is; nil where it is in use
+}
+
+// reloadResult is how a reload ended.
+type reloadResult string
+
+// The ways in which a reload ends.
+const (
+	ReloadDone      reloadResult = "done"
+	ReloadUnchanged reloadResult = "unchanged"
+	ReloadFailed    reloadResult = "failed"
+)
+
+// Place is where a configuration is wrong; the zero Place is unknown.
+type Place struct {
+	File         string
+	Line, Column int
 }
 
 type callLabels struct {
@@ -109,6 +136,9 @@ func newInstruments(m metric.Meter, log *CallLog) (*instruments, error) {
 	observe("partnerguard.unrecorded_calls", "Calls that the ledger lacks, wholly or in part, by integration.", in.unrecorded.all)
 	observe("partnerguard.replays", "Times net/http sent a safe request again over a fresh connection.", one(in.replays.Load))
 	observe("partnerguard.unparsed_requests", "Requests that were refused as malformed, or given up, before there was a call.", one(in.unparsed.Load))
+	observe("partnerguard.refused_connections", "Connections closed at once because the listener had as many as it takes.", one(in.refused.Load))
+	observe("partnerguard.admin.refused_credentials", "Requests to the admin listener with a wrong token.", one(in.intruders.Load))
+	observe("partnerguard.reloads", "Reloads of the configuration, by result.", in.reloads.all)
 	if log != nil {
 		observe("partnerguard.log_dropped_lines", "Log lines dropped because the reader of the log was too slow.", one(log.Dropped))
 	}
@@ -119,9 +149,26 @@ func newInstruments(m metric.Meter, log *CallLog) (*instruments, error) {
 	in.storeLag = secondsGauge("partnerguard.store.lag", "How far the store lies behind the ledger.")
 	in.keyAge = secondsGauge("partnerguard.keys.age", "Age of the key set in use.")
 	in.breaker = gauge("partnerguard.upstream.breaker", "1 for the breaker's state, else 0.")
+	in.generation = gauge("partnerguard.config.generation", "Generation of the configuration in use, from 1.")
+	wrong, e := m.Int64ObservableGauge("partnerguard.config.error", metric.WithDescription("1 while the configuration on disk is not taken, with the place of its first mistake; else 0."))
+	must(e)
+	_, e = m.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		if p := in.wrong.Load(); p != nil {
+			o.ObserveInt64(wrong, 1, metric.WithAttributes(
+				attribute.String("file", p.File), attribute.Int("line", p.Line), attribute.Int("column", p.Column)))
+			return nil
+		}
+		o.ObserveInt64(wrong, 0)
+		return nil
+	}, wrong)
+	must(e)
+	certificate, e := m.Float64Gauge("partnerguard.certificate.days_left", metric.WithDescription("Days until a listener's certificate expires, by listener and name."))
+	must(e)
+	in.certificate = certificate
 	if err != nil {
 		return nil, fmt.Errorf("set up metrics: %w", err)
 	}
+	in.generation.Record(context.Background(), 1)
 	return in, nil
 }
 
@@ -139,6 +186,7 @@ func (in *instruments) count(ctx context.Context, rec *proxy.Record, unrecorded 
 		in.compliant.add(compliantLabels{rec.Integration, rec.MFACompliant == policy.CompliantTrue})
 	}
 	in.replays.Add(int64(rec.Replays))
+	in.Tokens.count(rec)
 	if unrecorded != nil {
 		in.unrecorded.add(integrationLabel(rec.Integration))
 	}
@@ -146,6 +194,26 @@ func (in *instruments) count(ctx context.Context, rec *proxy.Record, unrecorded 
 
 // Unparsed counts a request that never became a call.
 func (in *instruments) Unparsed() { in.unparsed.Add(1) }
+
+// ConnectionRefused counts a connection over a listener's limit.
+func (in *instruments) ConnectionRefused() { in.refused.Add(1) }
+
+// CredentialRefused counts a wrong credential on the admin listener.
+func (in *instruments) CredentialRefused() { in.intruders.Add(1) }
+
+// Reloaded counts a reload and says which generation is in use now. wrong is the place
+// of the first mistake where it failed, nil where it did not.
+func (in *instruments) Reloaded(result reloadResult, generation uint64, wrong *Place) {
+	in.reloads.add(result)
+	in.generation.Record(context.Background(), int64(generation))
+	in.wrong.Store(wrong)
+}
+
+// CertificateDaysLeft says when the certificate that a listener has for name expires.
+func (in *instruments) CertificateDaysLeft(listener, name string, days float64) {
+	in.certificate.Record(context.Background(), days,
+		metric.WithAttributes(attribute.String("listener", listener), attribute.String("name", name)))
+}
 
 // Degraded says whether a part (keys, ledger, store, disk) fails to do its work.
 func (in *instruments) Degraded(part string, is bool) {
@@ -198,6 +266,8 @@ func attributesOf(key any) []attribute.KeyValue {
 		return []attribute.KeyValue{text("integration", k.integration), text("effect", k.effect.String())}
 	case rejectionLabels:
 		return []attribute.KeyValue{text("integration", k.integration), text("rejection", string(k.rejection))}
+	case reloadResult:
+		return []attribute.KeyValue{text("result", string(k))}
 	case integrationLabel:
 		return []attribute.KeyValue{text("integration", string(k))}
 	case upstreamLabel:

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"fmt"
 	"io"
@@ -301,11 +302,15 @@ func (c *canaryRun) arrival(ctx context.Context) context.Context {
 // exchange sends bytes and returns what comes back until the connection ends.
 func exchange(t *testing.T, url, raw string) []byte {
 	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+	_, address, _ := strings.Cut(url, "://")
+	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
+	if overHTTP2 { // what is no HTTP/2 is no test of it: by HTTP/1.1 over TLS
+		conn = tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
+	}
 	conn.SetDeadline(time.Now().Add(10 * time.Second))
 	io.WriteString(conn, raw) // the guard may hang up before it has all
 	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -342,7 +347,7 @@ func TestCanary(t *testing.T) {
 				tt.more = fmt.Sprintf(tt.more, em.EntraURL())
 			}
 			if tt.dead {
-				yaml = strings.Replace(yaml, em.PartnerURL(), "http://"+freePort(t), 1)
+				yaml = strings.Replace(yaml, fmt.Sprintf("{url: %q", upstreamURL(em)), fmt.Sprintf("{url: %q", "http://"+freePort(t)), 1)
 			}
 			g := startGuard(t, dir, yaml+tt.more+"\n", otlp.environment()...)
 			c.calls(g)

@@ -1,14 +1,23 @@
 package main
 
 import (
+	"bytes"
+	"crypto/tls"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"maps"
+	"net"
 	"net/http"
+	"net/netip"
+	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/policy"
+	"github.com/partnerguard/partnerguard/proxy/listen"
 	"github.com/spf13/cobra"
 )
 
@@ -34,10 +43,13 @@ health check.`,
 				cfg.Admin.Address = admin
 			}
 			if running, _ := c.Flags().GetBool("running"); running {
-				return askReady(e.out, cfg.Admin.Address)
+				return askReady(e.out, cfg.Admin, e.env)
 			}
 			p, err := cfg.Policy()
 			if err != nil {
+				return err
+			}
+			if err := checkLoads(cfg, e.env); err != nil {
 				return err
 			}
 			explainConfig(e.out, cfg, p, time.Now())
@@ -50,21 +62,118 @@ health check.`,
 	return c
 }
 
-// askReady asks a guard's admin listener.
-func askReady(w io.Writer, admin string) error {
-	client := http.Client{Timeout: 5 * time.Second}
-	res, err := client.Get("http://" + admin + "/readyz?verbose")
+// checkLoads tries what serve does with the files and variables that cfg names.
+func checkLoads(cfg *config.Config, env func(string) string) error {
+	for i, l := range cfg.Listeners {
+		if l.TLS == nil || len(l.TLS.ACME) > 0 {
+			continue
+		}
+		if _, err := listen.LoadTLS(listen.TLSConfig{
+			Certificate: l.TLS.Certificate, Key: l.TLS.Key, ClientCA: l.ClientCA, ClientCRL: l.ClientCRL,
+		}); err != nil {
+			return usage(fmt.Errorf("listeners[%d] (%s): %w", i, l.Label(), err), "serve would not start")
+		}
+	}
+	if _, err := loadAdmin(cfg.Admin, env); err != nil {
+		return usage(err, "serve would not start")
+	}
+	if eab := cfg.ACME.EAB; eab != nil {
+		if _, err := eab.MACKey.Read(env); err != nil {
+			return usage(fmt.Errorf("acme.eab.mac_key: %w", err), "serve would not start")
+		}
+	}
+	return nil
+}
+
+// askReady asks a guard's admin listener, for details where the configuration says
+// how to get them. Whether the guard is ready it tells anyone: a token that this
+// process may not read, or that was just changed, makes no guard unready.
+func askReady(w io.Writer, admin config.Admin, env func(string) string) error {
+	scheme, transport := "http://", &http.Transport{Proxy: nil, DisableKeepAlives: true} // the token is for nobody else
+	if admin.TLS != nil {
+		pinned, err := pinCertificate(admin.TLS.Certificate)
+		if err != nil {
+			return failed(fmt.Errorf("admin.tls.certificate: %w", err), "")
+		}
+		scheme, transport.TLSClientConfig = "https://", pinned
+	}
+	client := http.Client{Transport: transport, Timeout: 5 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	ask := func(path, token string) (*http.Response, error) {
+		r, err := http.NewRequest(http.MethodGet, scheme+dialable(admin.Address)+path, nil)
+		if err != nil {
+			return nil, err
+		}
+		if token != "" {
+			r.Header.Set("Authorization", "Bearer "+token)
+		}
+		res, err := client.Do(r)
+		if err != nil {
+			return nil, failed(fmt.Errorf("ask %s: %w", admin.Address, err), "is the guard running, and is this its admin address? see --admin")
+		}
+		return res, nil
+	}
+	token, err := admin.Token.Read(env)
+	path := "/readyz?verbose"
+	if token == "" && (err != nil || admin.ClientCA != "") {
+		path = "/readyz"
+	}
+	res, err := ask(path, token)
+	if err == nil && token != "" && (res.StatusCode == http.StatusUnauthorized || res.StatusCode == http.StatusTooManyRequests) {
+		res.Body.Close()
+		res, err = ask("/readyz", "")
+	}
 	if err != nil {
-		return failed(fmt.Errorf("ask %s: %w", admin, err), "is the guard running, and is this its admin address? see --admin")
+		return err
 	}
 	defer res.Body.Close()
 	if _, err := io.Copy(w, io.LimitReader(res.Body, 64<<10)); err != nil {
 		return err
 	}
 	if res.StatusCode != http.StatusOK {
-		return failed(fmt.Errorf("the guard at %s is not ready: %s", admin, res.Status), "")
+		return failed(fmt.Errorf("the guard at %s is not ready: %s", admin.Address, res.Status), "")
 	}
 	return nil
+}
+
+// pinCertificate trusts the certificate in a file and no other, whoever issued it
+// and whatever the names in it: the guard asked is the one that has its key.
+func pinCertificate(file string) (*tls.Config, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	var own []byte
+	for block, rest := pem.Decode(data); block != nil && own == nil; block, rest = pem.Decode(rest) {
+		if block.Type == "CERTIFICATE" {
+			own = block.Bytes
+		}
+	}
+	if own == nil {
+		return nil, fmt.Errorf("%s holds no PEM certificate", file)
+	}
+	return &tls.Config{
+		MinVersion:         tls.VersionTLS12,
+		InsecureSkipVerify: true, // VerifyConnection is stricter
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			if !bytes.Equal(cs.PeerCertificates[0].Raw, own) {
+				return fmt.Errorf("it shows another certificate than %s", file)
+			}
+			return nil
+		},
+	}, nil
+}
+
+// dialable is address, or loopback where it stands for every interface.
+func dialable(address string) string {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return address
+	}
+	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
+		return net.JoinHostPort("localhost", port)
+	}
+	return address
 }
 
 // explainConfig says in words what cfg does.
@@ -72,17 +181,37 @@ func explainConfig(w io.Writer, cfg *config.Config, p *policy.Policy, now time.T
 	fmt.Fprintln(w, "The configuration is valid.")
 	fmt.Fprintln(w, "\nListeners")
 	for _, l := range cfg.Listeners {
-		scheme := "http"
-		if l.TLS != nil {
-			scheme = "https"
-		}
-		whose := "any integration"
+		var notes []string
 		if l.Integration != "" {
-			whose = l.Integration
+			notes = append(notes, l.Integration)
+		} else {
+			notes = append(notes, "any integration")
 		}
-		fmt.Fprintf(w, "  %s://%s  →  %s  (%s)\n", scheme, l.Address, cfg.Upstreams[config.PartnerCenter].URL, whose)
+		if l.TLS != nil && len(l.TLS.ACME) > 0 {
+			notes = append(notes, "certificates by ACME for "+strings.Join(l.TLS.ACME, ", "))
+		}
+		if l.ClientCA != "" {
+			notes = append(notes, "client certificate required")
+		}
+		fmt.Fprintf(w, "  %s://%s  →  %s  (%s)\n", scheme(l.TLS != nil), l.Address, cfg.Upstreams[l.Upstream].URL, strings.Join(notes, "; "))
 	}
-	fmt.Fprintf(w, "  http://%s  admin: /readyz, /metrics\n", cfg.Admin.Address)
+	credential := "no credential"
+	switch {
+	case cfg.Admin.Token != "" && cfg.Admin.ClientCA != "":
+		credential = "token or client certificate"
+	case cfg.Admin.Token != "":
+		credential = "token"
+	case cfg.Admin.ClientCA != "":
+		credential = "client certificate"
+	}
+	fmt.Fprintf(w, "  %s://%s  admin: /readyz, /metrics  (%s)\n", scheme(cfg.Admin.TLS != nil), cfg.Admin.Address, credential)
+
+	if hosts := cfg.Hosts(); len(cfg.Upstreams) > 1 {
+		fmt.Fprintln(w, "\nHost headers that choose another upstream than the listener's")
+		for _, host := range slices.Sorted(maps.Keys(hosts)) {
+			fmt.Fprintf(w, "  %s  →  %s\n", host, cfg.Upstreams[hosts[host]].URL)
+		}
+	}
 
 	fmt.Fprintln(w, "\nTenants")
 	if len(p.Tenants()) == 0 {
@@ -99,7 +228,11 @@ func explainConfig(w io.Writer, cfg *config.Config, p *policy.Policy, now time.T
 		if mode == policy.Inherit {
 			mode, from = p.Mode(), "the global mode"
 		}
-		fmt.Fprintf(w, "  %-24s %-8s  %s; owner %s\n", in.Name, mode, from, orNone(in.Owner))
+		limit := ""
+		if calls := cfg.CallsOf(in.Name); calls > 0 {
+			limit = fmt.Sprintf("; at most %d calls at a time", calls)
+		}
+		fmt.Fprintf(w, "  %-24s %-8s  %s; owner %s%s\n", in.Name, mode, from, orNone(in.Owner), limit)
 	}
 	if len(cfg.Rules) > 0 {
 		fmt.Fprintln(w, "\nRules, the first that matches holds")

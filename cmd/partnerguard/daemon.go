@@ -2,22 +2,20 @@ package main
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
-	"net/url"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/partnerguard/partnerguard/internal/config"
-	"github.com/partnerguard/partnerguard/policy"
-	"github.com/partnerguard/partnerguard/policy/entra"
+	"github.com/partnerguard/partnerguard/internal/watch"
 	"github.com/partnerguard/partnerguard/proxy"
 	"github.com/partnerguard/partnerguard/proxy/listen"
 	"github.com/partnerguard/partnerguard/telemetry"
@@ -25,25 +23,33 @@ import (
 	"github.com/partnerguard/partnerguard/telemetry/store"
 )
 
-// daemon is a running guard: everything that serve starts, and the order in which
-// it ends.
+// daemon is a running guard: what lasts as long as the process, and the generation
+// of the configuration that is in use.
 type daemon struct {
-	cfg      *config.Config
-	policy   *policy.Policy
+	load     func() (*config.Config, error) // the configuration as it stands now
+	file     string                         // of the configuration; empty: none
+	dir      string
+	env      func(string) string
+	instance string
 	log      *slog.Logger
 	ledger   *ledger.Ledger
 	store    *store.Store
-	verifier *entra.Verifier
 	tel      *telemetry.Telemetry
-	upstream *proxy.Upstream
-	servers  []*listen.Server
-	admin    *http.Server
+	acme     *listen.ACME // nil until a listener asks for it
+	guard    *proxy.Guard
+	servers  []*listen.Server // in the order of the configuration that was started
+	admin    *admin
 	adminAt  net.Listener
 
-	keysTried  chan struct{} // one for each fetch of a key set, up to its capacity
+	watcher    *watch.Watcher // nil without a configuration file
+	live       atomic.Pointer[generation]
+	reloadErr  atomic.Pointer[error] // of the last reload, nil inside when it went well
 	phase      atomic.Int32
+	readyAsked atomic.Int64           // Unix seconds when somebody last asked whether the guard is ready
+	tokens     atomic.Pointer[string] // what is wrong with the tokens of the last minute; empty: nothing
+	ctx        context.Context        // of the background work
+	stop       context.CancelFunc
 	background sync.WaitGroup
-	stop       context.CancelFunc // of the background work
 }
 
 // Phases of a daemon, for /readyz.
@@ -53,38 +59,42 @@ const (
 	draining
 )
 
-// daemonConfig is what start needs besides the configuration.
+// daemonConfig is what start needs.
 type daemonConfig struct {
-	config *config.Config
-	dir    string // data directory
-	log    *telemetry.CallLog
-	env    func(string) string
+	load func() (*config.Config, error)
+	file string // of the configuration; empty: there is none
+	dir  string // data directory
+	log  *telemetry.CallLog
+	env  func(string) string
 }
 
 // start brings everything up in the order in which it depends on each other and
 // opens the listeners last. On an error nothing is left running.
 func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
-	cfg := dc.config
-	d := &daemon{cfg: cfg, log: dc.log.Slog()}
+	d := &daemon{load: dc.load, file: dc.file, dir: dc.dir, env: dc.env, log: dc.log.Slog()}
+	d.tokens.Store(new(string))
+	d.ctx, d.stop = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
 		if err != nil {
 			d.close(context.Background())
 		}
 	}()
-	if d.policy, err = cfg.Policy(); err != nil {
+	d.openWatcher()
+	cfg, err := d.load()
+	if err != nil {
 		return nil, err
 	}
-	instance, err := os.Hostname()
-	if err != nil || instance == "" {
-		instance = "partnerguard"
+	d.watch(cfg)
+	if d.instance, err = os.Hostname(); err != nil || d.instance == "" {
+		d.instance = "partnerguard"
 	}
 
 	// The ledger first: it takes the lock of the data directory.
-	if d.ledger, err = openLedger(dc, instance, d); err != nil {
+	if err = d.openLedger(cfg.Ledger); err != nil {
 		return nil, err
 	}
 	if d.tel, err = telemetry.New(ctx, telemetry.Config{
-		Version: version(), Instance: instance, Log: dc.log, UserRef: d.ledger.UserRef, Env: dc.env,
+		Version: version(), Instance: d.instance, Log: dc.log, UserRef: d.ledger.UserRef, Env: dc.env,
 	}); err != nil {
 		return nil, err
 	}
@@ -96,52 +106,33 @@ func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
 	}); err != nil {
 		return nil, failed(err, "the store can be rebuilt from the ledger: partnerguard ledger rebuild")
 	}
-	cloud, err := entra.ParseCloud(cfg.Cloud)
+	first, err := d.prepare(cfg, nil)
 	if err != nil {
 		return nil, err
 	}
-	d.keysTried = make(chan struct{}, 2*max(1, len(d.policy.Tenants()))) // v1 and v2
-	if d.verifier, err = entra.New(entra.Config{
-		Cloud: cloud, Authority: cfg.Entra.Authority, Tenants: d.policy.Tenants(),
-		Leeway: leeway(cfg.Entra.Leeway), MaxStale: cfg.Entra.MaxStale, MFAValues: cfg.Entra.MFAValues, Dir: dc.dir,
-		Event: func(e entra.Event) {
-			d.event("keys", e.Kind != entra.EventRefreshed, e.Kind.String(), e.Err, "tenant", e.Tenant, "version", e.Version, "keys", e.Keys)
-			select {
-			case d.keysTried <- struct{}{}:
-			default:
-			}
+	d.live.Store(first)
+	if d.guard, err = proxy.New(proxy.Config{
+		Ledger: notifying{d.ledger, d.store}, Observer: d.tel, Settings: first.settings(), Instance: d.instance,
+		OnPanic: func(kind string, stack []byte) {
+			d.log.Error("panic; please report it", "kind", kind, "stack", string(stack))
 		},
 	}); err != nil {
 		return nil, err
 	}
-	if err := d.openUpstream(); err != nil {
+	if err = d.openListeners(first); err != nil {
 		return nil, err
 	}
-	guard, err := proxy.New(proxy.Config{
-		Policy: d.policy, Verifier: d.verifier, Ledger: notifying{d.ledger, d.store}, Observer: d.tel,
-		Upstreams: []*proxy.Upstream{d.upstream}, ValidateMFA: validateMFA(cfg.ValidateMFA),
-		NeedLedger: cfg.Ledger.OnFailure == config.RejectOnFailure, Instance: instance, Generation: 1,
-		OnPanic: func(kind string, stack []byte) {
-			d.log.Error("panic; please report it", "kind", kind, "stack", string(stack))
-		},
-	})
-	if err != nil {
-		return nil, err
-	}
-	if err := d.openListeners(guard); err != nil {
-		return nil, err
-	}
-	d.run(ctx)
+	d.run()
 	return d, nil
 }
 
-func openLedger(dc daemonConfig, instance string, d *daemon) (*ledger.Ledger, error) {
-	if err := os.MkdirAll(dc.dir, 0o700); err != nil {
-		return nil, failed(fmt.Errorf("create data directory: %w", err), "the service user needs write access to the data directory; see --data-dir")
+func (d *daemon) openLedger(l config.Ledger) error {
+	if err := os.MkdirAll(d.dir, 0o700); err != nil {
+		return failed(fmt.Errorf("create data directory: %w", err), "the service user needs write access to the data directory; see --data-dir")
 	}
-	l := dc.config.Ledger
-	led, err := ledger.Open(ledger.Config{
-		Dir: dc.dir, Instance: instance, Retention: l.Retention,
+	var err error
+	d.ledger, err = ledger.Open(ledger.Config{
+		Dir: d.dir, Instance: d.instance, Retention: l.Retention,
 		SyncEvery: time.Duration(l.FSync), SyncAlways: l.FSync == config.FSyncAlways, MinFree: int64(l.MinFree),
 		Event: func(e ledger.Event) {
 			d.event("ledger", e.Kind != ledger.EventRecovered, string(e.Kind), e.Err, "segment", e.Segment, "calls", e.Gap.Calls)
@@ -149,71 +140,65 @@ func openLedger(dc daemonConfig, instance string, d *daemon) (*ledger.Ledger, er
 	})
 	switch {
 	case errors.Is(err, ledger.ErrLocked):
-		return nil, failed(err, "another partnerguard writes here; stop it, or give this one its own --data-dir")
+		return failed(err, "another partnerguard writes here; stop it, or give this one its own --data-dir")
 	case err != nil:
-		return nil, failed(err, "the service user needs write access to the data directory; see --data-dir")
+		return failed(err, "the service user needs write access to the data directory; see --data-dir")
 	}
-	return led, nil
+	return nil
 }
 
-func (d *daemon) openUpstream() error {
-	u := d.cfg.Upstreams[config.PartnerCenter]
-	var roots *x509.CertPool
-	if u.CA != "" {
-		pem, err := os.ReadFile(u.CA)
-		if err != nil {
-			return fmt.Errorf("read upstreams.partner-center.ca: %w", err)
-		}
-		if roots, err = x509.SystemCertPool(); err != nil {
-			roots = x509.NewCertPool()
-		}
-		if !roots.AppendCertsFromPEM(pem) {
-			return fmt.Errorf("read upstreams.partner-center.ca: %s holds no PEM certificate", u.CA)
-		}
+// openListeners opens the sockets, or takes those that systemd opened.
+func (d *daemon) openListeners(g *generation) error {
+	cfg := g.cfg
+	given, err := listen.Sockets()
+	if err != nil {
+		return fmt.Errorf("take the sockets that systemd opened: %w", err)
 	}
-	t := d.cfg.Timeouts
-	var err error
-	d.upstream, err = proxy.NewUpstream(proxy.UpstreamConfig{
-		Name: config.PartnerCenter, URL: u.URL, Audiences: u.Audiences, ValidatesMFA: true,
-		Dial: u.Dial, RootCAs: roots, HTTP2: u.HTTP2,
-		DialTimeout: t.Dial, TLSTimeout: t.TLS, ResponseHeader: t.ResponseHeader, Idle: t.Idle,
-		OwnAddresses: d.addresses,
-		OnBreaker: func(upstream, state string) {
-			d.tel.Breaker(upstream, state)
-			d.log.Warn("breaker changed", "upstream", upstream, "state", state)
-		},
-	})
-	if err == nil {
-		d.tel.Breaker(config.PartnerCenter, d.upstream.BreakerState())
+	// All listeners together may not use up the process's file descriptors.
+	connections := cfg.Limits.Connections
+	if most := listen.ConnectionLimit(connections * len(cfg.Listeners)); most > 0 {
+		connections = max(1, most/len(cfg.Listeners))
 	}
-	return err
-}
-
-func (d *daemon) openListeners(guard *proxy.Guard) error {
-	for _, l := range d.cfg.Listeners {
-		handler, err := guard.Handler(proxy.Listener{Name: l.Label(), Integration: l.Integration, Upstream: config.PartnerCenter})
-		if err != nil {
-			return err
-		}
-		lc := listen.Config{
-			Name: l.Label(), Address: l.Address, Handler: d.tel.Trace(handler), Unparsed: d.tel.Unparsed,
+	for _, l := range cfg.Listeners {
+		s, err := listen.Open(listen.Config{
+			Name: l.Label(), Address: l.Address, Socket: takeSocket(&given, l), TLS: g.tls[l.Label()],
+			Handler:  d.tel.Trace(d.guard.Handler(l.Label())),
+			Unparsed: d.tel.Unparsed, Refused: d.tel.ConnectionRefused,
+			MaxConnections: connections, MaxHeaderBytes: int(cfg.Limits.Headers),
+			ReadHeaderTimeout: cfg.Timeouts.ReadHeader, IdleTimeout: cfg.Timeouts.KeepAlive,
 			ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelWarn),
-		}
-		if l.TLS != nil {
-			lc.Certificate, lc.Key = l.TLS.Certificate, l.TLS.Key
-		}
-		s, err := listen.Open(lc)
+		})
 		if err != nil {
 			return portHint(err)
 		}
 		d.servers = append(d.servers, s)
 	}
-	var err error
-	if d.adminAt, err = net.Listen("tcp", d.cfg.Admin.Address); err != nil {
+	if len(given) > 0 {
+		for _, s := range given {
+			s.Listener.Close()
+		}
+		return failed(fmt.Errorf("systemd opened %s (%s), which no listener is for", given[0].Listener.Addr(), given[0].Name),
+			"give the socket unit the address of a listener, or its name by FileDescriptorName")
+	}
+	if d.adminAt, err = net.Listen("tcp", cfg.Admin.Address); err != nil {
 		return portHint(fmt.Errorf("open the admin listener: %w", err))
 	}
-	d.admin = &http.Server{Handler: d.adminHandler(), ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelWarn)}
+	d.admin = newAdmin(adminConfig{Settings: g.admin, Pages: d.adminPages(), Log: d.log, Refused: d.tel.CredentialRefused})
 	return nil
+}
+
+// takeSocket takes out of given the socket that is for l: by the name of its file
+// descriptor, or by its address.
+func takeSocket(given *[]listen.Socket, l config.Listener) net.Listener {
+	i := slices.IndexFunc(*given, func(s listen.Socket) bool {
+		return s.Name == l.Label() || s.Listener.Addr().String() == l.Address
+	})
+	if i < 0 {
+		return nil
+	}
+	s := (*given)[i]
+	*given = slices.Delete(*given, i, i+1)
+	return s.Listener
 }
 
 // event logs what happened to a part.
@@ -234,78 +219,63 @@ func portHint(err error) error {
 }
 
 // run starts the background work and then the listeners.
-func (d *daemon) run(ctx context.Context) {
-	ctx, d.stop = context.WithCancel(context.WithoutCancel(ctx))
-	d.background.Go(func() { d.verifier.Run(ctx) })
-	d.awaitKeys()
+func (d *daemon) run() {
 	d.background.Go(func() {
-		if err := d.store.Follow(ctx); err != nil {
+		if err := d.store.Follow(d.ctx); err != nil {
 			d.log.Error("store stopped following the ledger", "error", err.Error())
 		}
 	})
-	d.background.Go(func() { d.watch(ctx) })
-	d.background.Go(func() { d.probe(ctx) })
+	d.background.Go(d.watchHealth)
+	d.background.Go(d.followConfiguration)
+	// The sockets are bound by now: challenges of the CA find them.
+	d.manageCertificates(d.live.Load())
 	for _, s := range d.servers {
 		s.Serve()
 	}
-	d.background.Go(func() { d.admin.Serve(d.adminAt) })
+	d.background.Go(func() { d.admin.serve(d.adminAt) })
 	d.phase.Store(serving)
+	d.notify(systemd.SdNotifyReady)
 }
 
-// awaitKeys gives the first keys a moment, so that the first calls are verified.
-// Without them the guard serves all the same, each call as its mode says.
-func (d *daemon) awaitKeys() {
-	patience := time.After(3 * time.Second)
-	for range cap(d.keysTried) {
-		select {
-		case <-d.keysTried:
-		case <-patience:
-			return
-		}
-	}
-}
-
-// watch keeps the gauges of the guard's own health.
-func (d *daemon) watch(ctx context.Context) {
+// watchHealth keeps the gauges of the guard's own health.
+func (d *daemon) watchHealth() {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
+		d.watchTokens()
 		d.health()
+		d.notify(systemd.SdNotifyWatchdog)
 		select {
-		case <-ctx.Done():
+		case <-d.ctx.Done():
 			return
 		case <-tick.C:
 		}
 	}
 }
 
-// probe says early, and once, when the upstream cannot be reached.
-func (d *daemon) probe(ctx context.Context) {
-	u := d.cfg.Upstreams[config.PartnerCenter]
-	target, err := url.Parse(u.URL)
-	if err != nil {
-		return
-	}
-	address := u.Dial
-	if address == "" {
-		// A forward proxy may be the only way out; a direct dial says nothing then.
-		if p, err := http.ProxyFromEnvironment(&http.Request{URL: target}); err != nil || p != nil {
-			return
+// watchTokens tells, once, that tokens which could be verified no longer can.
+func (d *daemon) watchTokens() {
+	verified, broken, alarm := d.tel.Tokens.Look()
+	was := *d.tokens.Load() != ""
+	text := ""
+	switch {
+	case alarm:
+		text = fmt.Sprintf("of the tokens of the last minute %d could not be verified, %d could", broken, verified)
+		if !was {
+			d.log.Error("tokens can no longer be verified", "unverifiable", broken, "verified", verified,
+				"hint", "their format or keys may have changed; see calls --reason and explain. Where calls are enforced they are refused: entra.on_unverifiable and the modes say which")
 		}
-		port := target.Port()
-		if port == "" {
-			port = map[string]string{"https": "443", "http": "80"}[target.Scheme]
-		}
-		address = net.JoinHostPort(target.Hostname(), port)
+	case was:
+		d.log.Info("tokens can be verified again", "unverifiable", broken, "verified", verified)
 	}
-	dialer := net.Dialer{Timeout: 5 * time.Second}
-	c, err := dialer.DialContext(ctx, "tcp", address)
-	if err != nil {
-		d.log.Warn("upstream cannot be reached", "upstream", config.PartnerCenter, "error", err.Error(),
-			"hint", "calls get 502 until it can; check DNS, firewall and HTTPS_PROXY")
-		return
+	d.tokens.Store(&text)
+}
+
+// notify tells systemd, where it runs this process and asked to be told.
+func (d *daemon) notify(state string) {
+	if _, err := systemd.SdNotify(false, state); err != nil {
+		d.log.Warn("systemd could not be told", "error", err.Error())
 	}
-	c.Close()
 }
 
 // addresses are where this guard listens.
@@ -347,7 +317,17 @@ func (d *daemon) wait(ctx context.Context) error {
 // and last the account of them.
 func (d *daemon) drain() error {
 	d.phase.Store(draining)
-	ctx, cancel := context.WithTimeout(context.Background(), d.cfg.Timeouts.Drain)
+	d.notify(systemd.SdNotifyStopping)
+	timeouts := d.live.Load().cfg.Timeouts
+	if asked := time.Unix(d.readyAsked.Load(), 0); time.Since(asked) < time.Minute {
+		// Somebody goes by /readyz: a balancer needs time to see that it failed.
+		// Until then the guard serves, and lets go of connections as they are used.
+		for _, s := range d.servers {
+			s.Drain()
+		}
+		time.Sleep(timeouts.Unready)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), timeouts.Drain)
 	defer cancel()
 	var mu sync.Mutex
 	var err error
@@ -378,13 +358,20 @@ func (d *daemon) close(ctx context.Context) error {
 		add(s.Shutdown(ctx))
 	}
 	if d.admin != nil {
-		add(d.admin.Close())
+		add(d.admin.close())
 	}
 	if d.adminAt != nil {
 		d.adminAt.Close()
 	}
-	if d.stop != nil {
-		d.stop()
+	if d.acme != nil {
+		d.acme.Close()
+	}
+	d.stop()
+	if d.watcher != nil {
+		d.watcher.Close()
+	}
+	if g := d.live.Load(); g != nil {
+		g.close(nil)
 	}
 	d.background.Wait()
 	if d.ledger != nil {
@@ -401,9 +388,6 @@ func (d *daemon) close(ctx context.Context) error {
 			d.log.Warn("telemetry was not all sent", "error", err.Error())
 		}
 	}
-	if d.upstream != nil {
-		d.upstream.Close()
-	}
 	return errors.Join(errs...)
 }
 
@@ -417,22 +401,4 @@ func (n notifying) Finish(rec *proxy.Record) error {
 	err := n.Ledger.Finish(rec)
 	n.store.Notify()
 	return err
-}
-
-// leeway turns the file's 0, which means none, into entra's word for it.
-func leeway(d time.Duration) time.Duration {
-	if d == 0 {
-		return -1
-	}
-	return d
-}
-
-func validateMFA(v config.ValidateMFA) proxy.ValidateMFA {
-	switch v {
-	case config.ValidateReads:
-		return proxy.ValidateReads
-	case config.ValidateAll:
-		return proxy.ValidateAll
-	}
-	return proxy.ValidateOff
 }

@@ -70,12 +70,12 @@ func demo(c *cobra.Command, e environment) error {
 	if err != nil {
 		return err
 	}
-	cfg.Listeners = []config.Listener{{Address: "127.0.0.1:0"}}
+	cfg.Listeners = []config.Listener{{Address: "127.0.0.1:0", Upstream: config.PartnerCenter}}
 	cfg.Admin.Address = "127.0.0.1:0"
 
 	log := telemetry.NewCallLog(io.Discard, true)
 	defer log.Close(context.Background())
-	d, err := start(c.Context(), daemonConfig{config: cfg, dir: dir, log: log, env: e.env})
+	d, err := start(c.Context(), daemonConfig{load: func() (*config.Config, error) { return cfg, nil }, dir: dir, log: log, env: e.env})
 	if err != nil {
 		return err
 	}

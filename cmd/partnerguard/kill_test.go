@@ -130,7 +130,12 @@ type load struct {
 func startLoad(t *testing.T, clients int, tokens []string) *load {
 	l := &load{quit: make(chan struct{})}
 	// A connection a call: net/http repeats no request of its own accord then.
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 20 * time.Second}
+	transport := &http.Transport{DisableKeepAlives: true}
+	if overHTTP2 {
+		transport = http2Transport()
+		transport.DisableKeepAlives = true
+	}
+	client := &http.Client{Transport: transport, Timeout: 20 * time.Second}
 	for n := range clients {
 		l.clients.Go(func() {
 			for {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -28,6 +29,9 @@ import (
 func TestMain(m *testing.M) {
 	// The race detector makes every process sleep for a second when it ends.
 	os.Setenv("GORACE", strings.TrimSpace(os.Getenv("GORACE")+" atexit_sleep_ms=0"))
+	if overHTTP2 {
+		plainClient.Transport = http2Transport()
+	}
 	testscript.Main(m, map[string]func(){"partnerguard": main})
 }
 
@@ -53,6 +57,12 @@ func startGuard(t *testing.T, dir, yaml string, extra ...string) *guardProcess {
 	if err := os.WriteFile(file, []byte(yaml), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	return startGuardFile(t, dir, file, extra...)
+}
+
+// startGuardFile does the same with a configuration that stands in a file.
+func startGuardFile(t *testing.T, dir, file string, extra ...string) *guardProcess {
+	t.Helper()
 	g := &guardProcess{t: t, dir: dir, done: make(chan struct{})}
 	g.cmd = exec.Command("partnerguard", "serve", "-c", file, "--data-dir", dir)
 	g.cmd.Env = append(os.Environ(), extra...)
@@ -177,7 +187,18 @@ var plainClient = &http.Client{
 // guardYAML is the configuration for an emulator, with free ports.
 func guardYAML(em *emulator.Emulator, mode string, more ...string) string {
 	text := strings.Replace(emulator.ConfigYAML(em.EntraURL(), em.PartnerURL()), "mode: audit", "mode: "+mode, 1)
-	return text + "listeners: [{address: \"127.0.0.1:0\"}]\nadmin: {address: \"127.0.0.1:0\"}\n" + strings.Join(more, "\n") + "\n"
+	if overHTTP2 {
+		text = strings.Replace(text, fmt.Sprintf("{url: %q}", em.PartnerURL()), fmt.Sprintf("{url: %q, ca: %q, http2: true}", em.PartnerTLSURL(), caFile(em)), 1)
+	}
+	return text + listenersYAML() + "\nadmin: {address: \"127.0.0.1:0\"}\n" + strings.Join(more, "\n") + "\n"
+}
+
+// upstreamURL is where guardYAML sends calls.
+func upstreamURL(em *emulator.Emulator) string {
+	if overHTTP2 {
+		return em.PartnerTLSURL()
+	}
+	return em.PartnerURL()
 }
 
 func startEmulator(t *testing.T, cfg emulator.Config) *emulator.Emulator {

@@ -24,7 +24,8 @@ func newServe(e environment) *cobra.Command {
 		Use:   "serve",
 		Short: "Run the guard",
 		Long: `Run the guard until it is told to stop (SIGTERM or an interrupt: calls in flight
-finish; a second one stops at once).
+finish; a second one stops at once). A changed configuration file is taken at once, or
+on SIGHUP: whole, or with a clear error not at all.
 
 Without a configuration file it audits: every call is forwarded and accounted for,
 nothing is refused. Point a script's base URL at it and read the report.`,
@@ -45,9 +46,8 @@ nothing is refused. Point a script's base URL at it and read the report.`,
 }
 
 func serve(c *cobra.Command, e environment) error {
-	cfg, err := configuration(c)
-	if err != nil {
-		return err
+	if _, err := configuration(c); err != nil {
+		return err // before anything is touched
 	}
 	dir, err := directory(c, e)
 	if err != nil {
@@ -61,35 +61,41 @@ func serve(c *cobra.Command, e environment) error {
 		defer cancel()
 		log.Close(ctx)
 	}()
-	d, err := start(c.Context(), daemonConfig{config: cfg, dir: dir, log: log, env: e.env})
+	file, _ := c.Flags().GetString("config")
+	load := func() (*config.Config, error) { return configuration(c) }
+	d, err := start(c.Context(), daemonConfig{load: load, file: file, dir: dir, log: log, env: e.env})
 	if err != nil {
 		return err
 	}
 	d.announce(dir)
 	err = d.wait(c.Context())
-	d.log.Info("stopping", "drain", cfg.Timeouts.Drain.String())
+	d.log.Info("stopping", "drain", d.live.Load().cfg.Timeouts.Drain.String())
 	return errors.Join(err, d.drain())
 }
 
 // announce says where the guard listens and what it does there.
 func (d *daemon) announce(dir string) {
+	g := d.live.Load()
 	tenants := "any (audit only)"
-	if t := d.policy.Tenants(); len(t) > 0 {
+	if t := g.policy.Tenants(); len(t) > 0 {
 		tenants = strings.Join(t, " ")
 	}
 	for i, s := range d.servers {
-		scheme := "http"
-		if s.TLS() {
-			scheme = "https"
-		}
-		d.log.Info("listening", "url", scheme+"://"+s.Address().String(), "listener", d.cfg.Listeners[i].Label(),
-			"upstream", d.cfg.Upstreams[config.PartnerCenter].URL)
+		l := g.cfg.Listeners[i]
+		d.log.Info("listening", "url", scheme(s.TLS())+"://"+s.Address().String(), "listener", l.Label(), "upstream", g.cfg.Upstreams[l.Upstream].URL)
 	}
-	d.log.Info("admin", "url", "http://"+d.adminAt.Addr().String())
-	d.log.Info("ready", "version", version(), "mode", d.policy.Mode().String(), "tenants", tenants, "data", dir)
-	for _, risk := range d.cfg.Risks(time.Now()) {
+	d.log.Info("admin", "url", scheme(g.cfg.Admin.TLS != nil)+"://"+d.adminAt.Addr().String())
+	d.log.Info("ready", "version", version(), "mode", g.policy.Mode().String(), "tenants", tenants, "data", dir)
+	for _, risk := range g.cfg.Risks(time.Now()) {
 		d.log.Warn("risk", "what", risk)
 	}
+}
+
+func scheme(secure bool) string {
+	if secure {
+		return "https"
+	}
+	return "http"
 }
 
 // configuration is the file's, or the default, changed by the flags.

@@ -51,7 +51,7 @@ type protocol struct {
 func startStreams(t *testing.T, em *emulator.Emulator, dir string) (*guardProcess, []protocol) {
 	t.Helper()
 	cert := throwAwayCertificate(t)
-	g := startGuard(t, dir, strings.Replace(guardYAML(em, "enforce"), `listeners: [{address: "127.0.0.1:0"}]`,
+	g := startGuard(t, dir, strings.Replace(guardYAML(em, "enforce"), listenersYAML(),
 		fmt.Sprintf(`listeners: [{address: "127.0.0.1:0"}, {name: tls, address: "127.0.0.1:0", tls: {certificate: %q, key: %q}}]`, cert.certificate, cert.key), 1))
 	plain := &http.Transport{DisableCompression: true}
 	t.Cleanup(plain.CloseIdleConnections)
@@ -458,6 +458,9 @@ func TestStreamsCarryEarlyHintsAndTrailers(t *testing.T) {
 	g, protocols := startStreams(t, em, t.TempDir())
 	token := em.Mint(emulator.TokenSpec{})
 	for _, p := range protocols {
+		if overHTTP2 && p.name == "HTTP/1.1" {
+			continue // an answer that HTTP/2 sent with a length has no room for trailers in HTTP/1.1
+		}
 		t.Run(p.name, func(t *testing.T) {
 			var hints []textproto.MIMEHeader
 			ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{

@@ -475,6 +475,16 @@ func (c *Config) Validate() error {
 	return newError(problems)
 }
 
+// CallsOf is how many calls of an integration may be in flight at a time; 0 is no limit.
+func (c *Config) CallsOf(integration string) int {
+	for _, in := range c.Integrations {
+		if in.Name == integration && in.MaxCalls != nil {
+			return *in.MaxCalls
+		}
+	}
+	return c.Limits.Calls
+}
+
 // Policy builds the policy that c describes. For a valid c it does not fail; the
 // error joins a *policy.FieldError for every mistake.
 func (c *Config) Policy() (*policy.Policy, error) {
