@@ -177,28 +177,15 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 	if trace := httptrace.ContextClientTrace(r.Context()); trace != nil {
 		watch(r.Context(), trace)
 	}
-	ctx, cancel := context.WithCancelCause(r.Context())
-	silence := newStall(u.answerTime, func(time.Time) error {
-		cancel(errSilent)
-		return nil
-	})
-	out := r.WithContext(ctx)
 	var sent *sentBody
 	if r.Body != nil {
-		sent = &sentBody{ReadCloser: r.Body, silence: silence}
-		out.Body = sent
+		var ctx context.Context
+		sent, ctx = newSentBody(r, u.answerTime)
+		r = r.WithContext(ctx)
+		r.Body = sent
 	}
-	silence.begin()
-	res, err := transport.RoundTrip(out)
-	if sent != nil {
-		sent.answer()
-	}
-	silence.end()
-	if err != nil {
-		if context.Cause(ctx) == errSilent {
-			err = errSilent
-		}
-		cancel(err)
+	res, err := transport.RoundTrip(r)
+	if err = sent.answer(err); err != nil {
 		return nil, err
 	}
 	if res.StatusCode < 200 || res.StatusCode > 999 {
@@ -218,10 +205,8 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 		res.Body = http.NoBody
 		return res, nil
 	}
-	if silence != nil {
-		silence.limit = u.silence
-	}
-	res.Body = &answerBody{ReadCloser: res.Body, res: res, silence: silence}
+	body := res.Body
+	res.Body = &answerBody{ReadCloser: body, res: res, silence: newStall(u.silence, func(time.Time) error { return body.Close() })}
 	return res, nil
 }
 
@@ -275,10 +260,23 @@ func isSafe(method string) bool {
 // more of it is bounded here.
 type sentBody struct {
 	io.ReadCloser
+	cause func() error // why the request was ended; nil if it was not
 
 	mu       sync.Mutex
 	silence  *stall // runs while the upstream, not the client, is waited for
 	answered bool
+}
+
+// newSentBody returns r's body, and the context that ends r when time is up.
+func newSentBody(r *http.Request, limit time.Duration) (*sentBody, context.Context) {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	b := &sentBody{ReadCloser: r.Body, cause: func() error { return context.Cause(ctx) }}
+	b.silence = newStall(limit, func(time.Time) error {
+		cancel(errSilent)
+		return nil
+	})
+	b.silence.begin()
+	return b, ctx
 }
 
 func (b *sentBody) Read(p []byte) (int, error) {
@@ -300,11 +298,20 @@ func (b *sentBody) waiting(upstream bool) {
 	}
 }
 
-// answer leaves the silence to others: what is still sent no longer counts.
-func (b *sentBody) answer() {
+// answer ends the watch: what is still sent no longer counts. It returns err, or what
+// the watch did where that is behind it. A nil sentBody returns err.
+func (b *sentBody) answer(err error) error {
+	if b == nil {
+		return err
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.answered = true
+	b.silence.end()
+	if err != nil && b.cause() == errSilent {
+		return errSilent
+	}
+	return err
 }
 
 // answerBody is the body of an upstream's answer.
