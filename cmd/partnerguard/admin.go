@@ -450,6 +450,11 @@ func (d *daemon) health() map[string]string {
 			d.tel.KeyAge(k.Tenant, k.Version, now.Sub(k.FetchedAt).Seconds())
 		}
 	}
+	for _, l := range g.cfg.Listeners {
+		if l.TLS != nil && len(g.tls[l.Label()].Certificates()) < len(l.TLS.ACME) {
+			parts["certificates"] = fmt.Sprintf("listener %s has no certificate yet for each of %s; the log says what the CA answered", l.Label(), strings.Join(l.TLS.ACME, ", "))
+		}
+	}
 	for name, t := range g.tls {
 		for _, c := range t.Certificates() {
 			left := c.NotAfter.Sub(now)
