@@ -33,7 +33,8 @@ func (g *Guard) forward(c *call) {
 	if c.body != nil {
 		// Once an answer begins, an HTTP/1 server throws away the first 256 KiB of
 		// the body that are still to come, unless told that both go on at a time.
-		http.NewResponseController(c.ResponseWriter).EnableFullDuplex() // HTTP/2 does so anyway
+		err := http.NewResponseController(c.ResponseWriter).EnableFullDuplex()
+		c.duplex = err == nil && c.in.ProtoMajor == 1 // HTTP/2 does so anyway
 	}
 	rp := httputil.ReverseProxy{
 		Transport:      c.upstream,
@@ -222,6 +223,12 @@ func (c *call) WriteHeader(status int) {
 		c.wroteHeader = true
 		c.rec.Status = status
 		h := c.ResponseWriter.Header()
+		if c.duplex && !c.body.ended.Load() {
+			// net/http panics if such a body ends only after the handler, and the
+			// connection is then used again.
+			h["Connection"] = closeValue
+			c.unread = true
+		}
 		if h["Partnerguard-Call"] == nil {
 			c.mark(h, c.rec.Effect, c.rec.Reason)
 		}
@@ -267,9 +274,10 @@ func once(report func(error)) func(error) {
 }
 
 var (
-	trueValue = []string{"true"}
-	silent    = log.New(io.Discard, "", 0)
-	buffers   = &bufferPool{sync.Pool{New: func() any { return new([32 << 10]byte) }}}
+	trueValue  = []string{"true"}
+	closeValue = []string{"close"}
+	silent     = log.New(io.Discard, "", 0)
+	buffers    = &bufferPool{sync.Pool{New: func() any { return new([32 << 10]byte) }}}
 )
 
 // bufferPool lends the buffers that bodies are copied with; without it every call

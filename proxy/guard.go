@@ -166,6 +166,8 @@ type call struct {
 	writing     *stall
 	writeErr    error // of a write to the client
 	body        *requestBody
+	duplex      bool // the body may go on while the answer does
+	unread      bool // the answer began before the body ended
 	answer      *answerCopy
 	sent        time.Time
 	sends       *atomic.Int32 // times the request header went out
@@ -319,12 +321,23 @@ func (g *Guard) finish(c *call) {
 		c.unrecorded = err
 	}
 	g.observer.Observe(c.in.Context(), rec, c.unrecorded)
+	if c.unread && !aborted {
+		// net/http now reads what is left, so that the client gets its answer before
+		// the connection ends; it would wait for it for ever.
+		http.NewResponseController(c.ResponseWriter).SetReadDeadline(time.Now().Add(lastRead))
+	}
+	if aborted {
+		c.cut()
+	}
 	calls.Put(c)
 	if aborted {
 		// The client must see a broken transfer, never a clean short answer.
 		panic(http.ErrAbortHandler)
 	}
 }
+
+// lastRead is how long the rest of a body may take whose call has been answered.
+const lastRead = 5 * time.Second
 
 // caught tells of a panic. The stack is that of the panic: deferred calls run on it.
 func (g *Guard) caught(value any) {

@@ -308,6 +308,7 @@ type requestBody struct {
 	io.ReadCloser
 	stall  *stall
 	n      atomic.Int64
+	ended  atomic.Bool // read to its end
 	failed atomic.Bool
 }
 
@@ -316,7 +317,10 @@ func (b *requestBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.stall.end()
 	b.n.Add(int64(n))
-	if err != nil && err != io.EOF {
+	switch {
+	case err == io.EOF:
+		b.ended.Store(true)
+	case err != nil:
 		b.failed.Store(true)
 	}
 	return n, err
@@ -338,3 +342,27 @@ func (w *oldClient) WriteHeader(status int) {
 
 // Unwrap lets http.ResponseController reach the connection.
 func (w *oldClient) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// cut resets the connection of an HTTP/1.0 client whose answer broke off: where the end
+// of the connection is the end of the answer, an ordinary one would pass for it.
+func (c *call) cut() {
+	if c.in.ProtoAtLeast(1, 1) || !c.wroteHeader {
+		return
+	}
+	conn, _, err := http.NewResponseController(c.ResponseWriter).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	for {
+		switch inner := conn.(type) {
+		case interface{ SetLinger(int) error }:
+			inner.SetLinger(0)
+			return
+		case interface{ NetConn() net.Conn }:
+			conn = inner.NetConn()
+		default:
+			return
+		}
+	}
+}

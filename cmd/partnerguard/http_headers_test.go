@@ -437,6 +437,18 @@ func TestHTTP2Requests(t *testing.T) {
 			}
 		})
 	}
+	unparsed := 0
+	for _, tt := range tests {
+		if tt.answer == "400" {
+			unparsed++
+		}
+	}
+	// Some of what is reset is counted, too: net/http takes it for a request before it
+	// sees what is wrong with it.
+	awaiting(t, func() (string, bool) {
+		n := metric(t, g, "partnerguard_unparsed_requests_total")
+		return fmt.Sprintf("%v requests counted as unparsed, want at least %d", n, unparsed), n >= float64(unparsed)
+	})
 	g.stop()
 	recorded := map[string]string{}
 	for _, c := range storedCalls(t, dir) {

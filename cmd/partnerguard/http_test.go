@@ -125,12 +125,19 @@ func (s *wireServer) serve(c net.Conn) {
 			if !answer(c, r) {
 				return
 			}
-		case r.method == http.MethodHead:
-			io.WriteString(c, wireOK)
 		default:
-			io.WriteString(c, wireOK+`{"ok":true}`)
+			wireAnswers(c, r)
 		}
 	}
+}
+
+// wireAnswers gives the usual answer.
+func wireAnswers(c net.Conn, r wireRequest) {
+	if r.method == http.MethodHead {
+		io.WriteString(c, wireOK)
+		return
+	}
+	io.WriteString(c, wireOK+`{"ok":true}`)
 }
 
 // respond sets the answer to the next calls.

@@ -105,7 +105,7 @@ func TestHostileUpstream(t *testing.T) {
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	dir := t.TempDir()
-	g, protocols := startHostile(t, em, dir, fmt.Sprintf("url: %q", wire.url), "timeouts: {response_header: 1s}")
+	g, protocols := startHostile(t, em, dir, fmt.Sprintf("url: %q", wire.url), "timeouts: {response_header: 2s}")
 	token := em.Mint(emulator.TokenSpec{})
 
 	type answer = func(c net.Conn) bool
@@ -201,13 +201,13 @@ func TestHostileUpstream(t *testing.T) {
 		{"ours in trailers that were not announced", say("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\nPartnerguard-Effect: reject\nPartnerguard_Mfa: x\nX-T: x\n\n", goesOn), "200 hello", ""},
 		{"hop by hop", say("HTTP/1.1 200 OK\nConnection: X-Hop, Partnerguard-Call\nX-Hop: 1\nKeep-Alive: x\nUpgrade: h2c\nProxy-Authenticate: x\nContent-Length: 5\n\nhello", goesOn), "200 hello", ""},
 
-		// Floods.
-		{"headers without end", flood("HTTP/1.1 200 OK\n", "X-A: "+strings.Repeat("a", 1000)+"\n"), unreachable, ""},
-		{"a header without end", flood("HTTP/1.1 200 OK\nX-A: ", "aaaaaaaa"), unreachable, ""},
-		{"a status line without end", flood("HTTP/1.1 200 ", "aaaaaaaa"), unreachable, ""},
+		// Floods. Whether the bound or the time is up first is all the same.
+		{"headers without end", flood("HTTP/1.1 200 OK\n", "X-A: "+strings.Repeat("a", 1000)+"\n"), "any", ""},
+		{"a header without end", flood("HTTP/1.1 200 OK\nX-A: ", "aaaaaaaa"), "any", ""},
+		{"a status line without end", flood("HTTP/1.1 200 ", "aaaaaaaa"), "any", ""},
 		{"trailers without end", flood("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\n", "X-A: b\n"), "broken", ""},
-		{"100 without end", flood("", "HTTP/1.1 100 Continue\n\n"), unreachable, ""},
-		{"103 without end", flood("", "HTTP/1.1 103 Early Hints\nLink: </x>\n\n"), unreachable, ""},
+		{"100 without end", flood("", "HTTP/1.1 100 Continue\n\n"), "any", ""},
+		{"103 without end", flood("", "HTTP/1.1 103 Early Hints\nLink: </x>\n\n"), "any", ""},
 		{"102 with headers of 1 MB without end", flood("", "HTTP/1.1 102 Processing\nX-A: "+strings.Repeat("a", 900<<10)+"\n\n"), "any", ""},
 
 		// Silence.
@@ -443,7 +443,7 @@ func TestNothingIsSentTwice(t *testing.T) {
 		if _, again := used.LoadOrStore(c, true); again && r.target == "/v1/x" {
 			return false // it was read, perhaps carried out, and never answered
 		}
-		io.WriteString(c, wireOK+`{"ok":true}`)
+		wireAnswers(c, r)
 		return true
 	})
 	type test struct {
@@ -681,7 +681,7 @@ func TestHostileHTTP2Upstream(t *testing.T) {
 	em := startEmulator(t, emulator.Config{})
 	wire := startHTTP2Wire(t)
 	dir := t.TempDir()
-	g, protocols := startHostile(t, em, dir, fmt.Sprintf("url: %q, ca: %q, http2: true", wire.url, wire.cert.certificate), "timeouts: {response_header: 1s, tls: 2s, dial: 2s}")
+	g, protocols := startHostile(t, em, dir, fmt.Sprintf("url: %q, ca: %q, http2: true", wire.url, wire.cert.certificate), "timeouts: {response_header: 2s, tls: 2s, dial: 2s}")
 	token := em.Mint(emulator.TokenSpec{})
 
 	type script = func(c *http2Conn, stream uint32)
@@ -788,7 +788,7 @@ func TestHostileHTTP2Upstream(t *testing.T) {
 				fr.WritePushPromise(http2.PushPromiseParam{StreamID: stream, PromiseID: 2, EndHeaders: true, BlockFragment: c.encode(":method", "GET", ":scheme", "https", ":authority", "x", ":path", "/")})
 			})
 		}, unreachable},
-		{"a header of 2 MiB", say(":status", "200", "x-a", strings.Repeat("a", 2<<20)), unreachable},
+		{"a header of 2 MiB", say(":status", "200", "x-a", strings.Repeat("a", 2<<20)), "any"},
 		{"headers without end", func(c *http2Conn, stream uint32) {
 			block := c.encode(":status", "200")
 			more := c.encode("x-a", strings.Repeat("a", 8<<10))
@@ -796,7 +796,7 @@ func TestHostileHTTP2Upstream(t *testing.T) {
 				fr.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block})
 			})
 			c.flood(func(fr *http2.Framer) error { return fr.WriteContinuation(stream, false, more) })
-		}, unreachable},
+		}, "any"},
 		{"continuations of nothing", func(c *http2Conn, stream uint32) {
 			block := c.encode(":status", "200")
 			c.do(func(fr *http2.Framer) {
@@ -923,11 +923,13 @@ func TestHostileHTTP2Upstream(t *testing.T) {
 					wire.retire(t)
 					wire.begin(tt.hello)
 					began := time.Now()
-					got, _, _ := attempt(t, p, "GET", "/v1/x", token, "hello", nil)
-					if got != tt.want && (tt.want != "any" || got == "no end") {
-						t.Errorf("%s, want %s", got, tt.want)
+					for range 2 { // by the second the settings are known for sure
+						got, _, _ := attempt(t, p, "GET", "/v1/x", token, "hello", nil)
+						if got != tt.want && (tt.want != "any" || got == "no end") {
+							t.Errorf("%s, want %s", got, tt.want)
+						}
+						t.Logf("%s after %s", got, time.Since(began).Round(time.Millisecond))
 					}
-					t.Logf("%s after %s", got, time.Since(began).Round(time.Millisecond))
 					wire.begin(nil)
 					after(t, p)
 				})
@@ -1042,7 +1044,7 @@ func TestNothingIsSentTwiceOverHTTP2(t *testing.T) {
 		if r.target == "/v1/x" && refusals.Add(-1) >= 0 {
 			return false
 		}
-		io.WriteString(c, wireOK+`{"ok":true}`)
+		wireAnswers(c, r)
 		return true
 	})
 	sent := map[string]int{}

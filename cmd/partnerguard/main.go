@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	stdlog "log"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -21,6 +22,8 @@ import (
 )
 
 func main() {
+	// net/http tells package log what an upstream sent unasked, and its bytes with it.
+	stdlog.SetOutput(io.Discard)
 	os.Exit(run(os.Args[1:], environment{
 		in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.Getenv,
 	}))
