@@ -134,7 +134,7 @@ func TestAClientCertificateIsStrongEvidenceUntilItIsRevoked(t *testing.T) {
 	}
 	at := len(g.text())
 	ca.revoke(crl, 2, serial)
-	_, at = g.await(at, "reloaded")
+	g.await(at, "reloaded")
 	// Its connection stands; the certificate no longer does.
 	for range 2 {
 		if res, err := call(export); err == nil && res.StatusCode != http.StatusMisdirectedRequest {

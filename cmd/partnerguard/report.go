@@ -140,11 +140,14 @@ func openStore(dir string) (*store.Reader, error) {
 
 // lookBack is a point in the past: so long ago, or a time.
 func lookBack(s string) (time.Time, error) {
-	if t, err := time.Parse(time.RFC3339, s); err == nil {
-		return t, nil
-	}
-	if t, err := time.Parse(time.DateOnly, s); err == nil {
-		return t, nil
+	for _, layout := range [...]string{time.RFC3339, time.DateOnly} {
+		t, err := time.Parse(layout, s)
+		switch {
+		case err == nil && t.IsZero(): // which would stand for no bound at all
+			return t, usage(fmt.Errorf("%q is before any call", s), "write 7d, 12h, 2026-11-01 or 2026-11-01T08:00:00Z")
+		case err == nil:
+			return t, nil
+		}
 	}
 	d, err := config.ParseDuration(s)
 	if err != nil || d < 0 {

@@ -15,13 +15,21 @@ func (l *Ledger) watch(p pace) {
 	defer l.tasks.Done()
 	tick := time.NewTicker(p.watch)
 	defer tick.Stop()
-	var seen uint64
+	var (
+		latest uint64 // commit at the last look
+		looks  int    // that saw it
+	)
 	for {
 		select {
 		case e := <-l.events:
 			l.cfg.Event(e)
 		case <-tick.C:
-			seen = l.look(seen)
+			if now := l.latest(); now != latest {
+				latest, looks = now, 0
+			}
+			if looks++; looks > stalledLooks {
+				l.stall(latest)
+			}
 		case <-l.stop:
 			for {
 				select {
@@ -35,20 +43,32 @@ func (l *Ledger) watch(p pace) {
 	}
 }
 
-// look returns which commit is the latest; seen is what it returned last time.
-func (l *Ledger) look(seen uint64) uint64 {
+// stalledLooks is how many looks a commit may last. A disk that is only slow is
+// waited for: what is let go counts as not recorded, and in SyncAlways a stall of
+// seconds is everyday life.
+const stalledLooks = 4
+
+// latest returns which commit is being done or was done last.
+func (l *Ledger) latest() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.writing != nil && l.commits == seen && !l.stalled {
-		l.stalled = true
-		err := unavailable(errStalled)
-		l.status.Err, l.status.ErrTime = err, l.cfg.Now()
-		l.emit(Event{Kind: EventFailed, Err: err})
-		l.writing.release(err)
-		l.pending.release(err)
-		l.idle.Broadcast()
-	}
 	return l.commits
+}
+
+// stall lets go of the calls that wait for commit, if it still goes on.
+func (l *Ledger) stall(commit uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.writing == nil || l.commits != commit || l.stalled {
+		return
+	}
+	l.stalled = true
+	err := unavailable(errStalled)
+	l.status.Err, l.status.ErrTime = err, l.cfg.Now()
+	l.emit(Event{Kind: EventFailed, Err: err})
+	l.writing.release(err)
+	l.pending.release(err)
+	l.idle.Broadcast()
 }
 
 // keep does in the background what needs the disk: syncs, tries whether a ledger

@@ -217,14 +217,14 @@ func Open(cfg Config) (*Ledger, error) { return open(cfg, osFiles{}, defaultPace
 // pace is how often the background looks; tests are less patient.
 type pace struct {
 	probe time.Duration // for recovery
-	watch time.Duration // a write that lasts from one look to the next has stalled
+	watch time.Duration // a commit that lasts for more than stalledLooks of them has stalled
 	prune time.Duration
 	// carry is how long an outcome waits for a decision to share a write with, which
 	// saves every other write under load; 0 writes it at once.
 	carry time.Duration
 }
 
-var defaultPace = pace{probe: time.Second, watch: 2 * time.Second, prune: time.Hour, carry: 5 * time.Millisecond}
+var defaultPace = pace{probe: time.Second, watch: time.Second, prune: time.Hour, carry: 5 * time.Millisecond}
 
 func open(cfg Config, fs files, p pace) (*Ledger, error) {
 	if cfg.Dir == "" {

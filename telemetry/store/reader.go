@@ -439,8 +439,9 @@ func (r *Reader) query(f Filter) (*query, error) {
 	byID := func(column, want string, of func(*Call) string) {
 		if want != "" {
 			q.ids = append(q.ids, want)
-			packed := packID(strings.ToLower(want))
-			q.add(func(c *Call) bool { return strings.EqualFold(of(c), want) },
+			lower := lowerASCII(want)
+			packed := packID(lower)
+			q.add(func(c *Call) bool { return lowerASCII(of(c)) == lower },
 				"("+column+" = ? OR upstream_"+column+" = ? OR "+column+" = ? COLLATE NOCASE OR upstream_"+column+" = ? COLLATE NOCASE)",
 				packed, packed, want, want)
 		}
@@ -448,6 +449,19 @@ func (r *Reader) query(f Filter) (*query, error) {
 	byID("request_id", f.RequestID, func(c *Call) string { return c.RequestID })
 	byID("correlation_id", f.CorrelationID, func(c *Call) string { return c.CorrelationID })
 	return q, nil
+}
+
+// lowerASCII is an id without case as SQLite's NOCASE and idHash know it: only the
+// letters of ASCII have one. Unicode knows more, and a call that is found by them
+// while it is open would not be found later.
+func lowerASCII(id string) string {
+	b := []byte(id)
+	for i, c := range b {
+		if 'A' <= c && c <= 'Z' {
+			b[i] = c + 'a' - 'A'
+		}
+	}
+	return string(b)
 }
 
 // userRefs are the user_refs that user, a name, an object id or a user_ref itself,

@@ -92,12 +92,15 @@ var (
 // none. The error is errOutdated, or damaged reports true of it, when the database
 // must make room for a new one.
 func openWriter(path string) (*writer, error) {
-	// SQLite gives its log and index the permissions of the database.
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("open store: %w", err)
+	// SQLite gives its log and index the permissions of the database. One that is
+	// there is not opened: to close it would drop the locks of our own readers (POSIX).
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		err = f.Close()
+	} else if errors.Is(err, os.ErrExist) {
+		err = nil
 	}
-	if err := f.Close(); err != nil {
+	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	db, err := openSQLite(path, "rwc",

@@ -29,10 +29,11 @@ type Store struct {
 	wake   chan struct{}
 	status atomic.Pointer[Status] // replaced whole
 
-	mu     sync.Mutex // guards what follows: one batch at a time
-	w      *writer    // nil when the database could not be opened again
-	source Source     // nil: to be opened at w.position
-	pruned time.Time  // when retention was last applied
+	mu     sync.Mutex  // guards what follows: one batch at a time
+	w      *writer     // nil when the database could not be opened again
+	file   os.FileInfo // of the database that w has open
+	source Source      // nil: to be opened at w.position
+	pruned time.Time   // when retention was last applied
 	closed bool
 }
 
@@ -165,10 +166,30 @@ func (s *Store) open() error {
 		s.cfg.Event(Event{Damaged, aside, err})
 		w, err = openWriter(path)
 	}
+	if err == nil {
+		s.file, err = os.Stat(path)
+	}
 	if err != nil {
+		if w != nil {
+			w.close()
+		}
 		return err
 	}
 	s.w = w
+	return nil
+}
+
+// inPlace returns errMoved when the database that is open is no longer the file of
+// its name. It must not open that file: to close it again would drop the locks that
+// this process holds on it (POSIX), and so SQLite's.
+func (s *Store) inPlace() error {
+	if s.file == nil {
+		return nil // a Rebuild, which nobody knows of
+	}
+	now, err := os.Stat(dbPath(s.cfg.Dir))
+	if errors.Is(err, os.ErrNotExist) || err == nil && !os.SameFile(now, s.file) {
+		return errMoved
+	}
 	return nil
 }
 
@@ -274,7 +295,10 @@ func (s *Store) CatchUp(ctx context.Context) (int, error) {
 	}
 }
 
-var errClosed = errors.New("store is closed")
+var (
+	errClosed = errors.New("store is closed")
+	errMoved  = errors.New("the database was removed or replaced while it was in use")
+)
 
 // step reads one batch of records into the database. eof says that the ledger's
 // end was reached. After an error the next step begins where the last good one
@@ -318,6 +342,9 @@ func (s *Store) batch(pace func()) (n int, bad int64, eof bool, err error) {
 		if err := s.open(); err != nil {
 			return 0, 0, false, err
 		}
+	}
+	if err := s.inPlace(); err != nil {
+		return 0, 0, false, err
 	}
 	s.w.pace = pace
 	if s.source == nil {
@@ -390,7 +417,7 @@ func (s *Store) recover(err error) error {
 			return err
 		}
 		err = nil
-	case damaged(err):
+	case damaged(err), errors.Is(err, errMoved):
 		aside, moveErr := s.setAside(path)
 		if moveErr != nil {
 			return moveErr
