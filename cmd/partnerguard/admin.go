@@ -22,6 +22,7 @@ import (
 
 	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/policy"
+	"github.com/partnerguard/partnerguard/proxy/listen"
 	"golang.org/x/net/netutil"
 	"golang.org/x/time/rate"
 )
@@ -450,11 +451,6 @@ func (d *daemon) health() map[string]string {
 			d.tel.KeyAge(k.Tenant, k.Version, now.Sub(k.FetchedAt).Seconds())
 		}
 	}
-	for _, l := range g.cfg.Listeners {
-		if l.TLS != nil && len(g.tls[l.Label()].Certificates()) < len(l.TLS.ACME) {
-			parts["certificates"] = fmt.Sprintf("listener %s has no certificate yet for each of %s; the log says what the CA answered", l.Label(), strings.Join(l.TLS.ACME, ", "))
-		}
-	}
 	for name, t := range g.tls {
 		for _, c := range t.Certificates() {
 			left := c.NotAfter.Sub(now)
@@ -466,6 +462,18 @@ func (d *daemon) health() map[string]string {
 		for _, crl := range t.CRLs() {
 			if now.After(crl.NextUpdate) {
 				parts["certificates"] = fmt.Sprintf("the revocation list of %s for listener %s ended %s: no client certificate of that CA is accepted", crl.Issuer, name, crl.NextUpdate.UTC().Format(time.RFC3339))
+			}
+		}
+	}
+	for _, l := range g.cfg.Listeners {
+		if l.TLS == nil {
+			continue
+		}
+		for _, name := range l.TLS.ACME {
+			if !slices.ContainsFunc(g.tls[l.Label()].Certificates(), func(c listen.CertificateStatus) bool {
+				return slices.ContainsFunc(c.Names, func(n string) bool { return strings.EqualFold(n, name) })
+			}) {
+				parts["certificates"] = fmt.Sprintf("listener %s has none for %s yet and can serve nobody under that name", l.Label(), name)
 			}
 		}
 	}

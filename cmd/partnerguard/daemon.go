@@ -133,7 +133,7 @@ func (d *daemon) openLedger(l config.Ledger) error {
 	var err error
 	d.ledger, err = ledger.Open(ledger.Config{
 		Dir: d.dir, Instance: d.instance, Retention: l.Retention,
-		SyncEvery: time.Duration(l.FSync), SyncAlways: l.FSync == config.FSyncAlways, MinFree: int64(l.MinFree),
+		SyncEvery: time.Duration(l.FSync), SyncAlways: l.FSync == config.FSyncAlways, MinFree: minFree(l.MinFree),
 		Event: func(e ledger.Event) {
 			d.event("ledger", e.Kind != ledger.EventRecovered, string(e.Kind), e.Err, "segment", e.Segment, "calls", e.Gap.Calls)
 		},

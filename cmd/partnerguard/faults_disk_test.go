@@ -82,7 +82,7 @@ func TestFaultsOfFullDisk(t *testing.T) {
 	var side sideBySide
 	defer side.wait()
 	for _, fault := range []struct{ name, ledger string }{
-		{"forward", "min_free: 4KiB"},
+		{"forward", "min_free: 0"},
 		{"reject", "min_free: 4KiB, on_failure: reject"},
 		{"forward, synced always", "min_free: 4KiB, fsync: always"},
 	} {

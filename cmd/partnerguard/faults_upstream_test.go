@@ -104,11 +104,11 @@ func TestFaultsOfUpstream(t *testing.T) {
 func TestFaultsOfSlowUpstream(t *testing.T) {
 	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
-	s := play(t, em, stage{timeouts: "idle: 1s, unready: 0s, response_header: 2s"})
+	s := play(t, em, stage{timeouts: "idle: 1s, unready: 0s, response_header: 4s"})
 	slow := s.underLoad(crowdConfig{clients: 60, rate: 90, emulate: "stall=500ms"})
 	slow.await(150)
 	loaded := s.resources()
-	stuck := s.underLoad(crowdConfig{clients: 8, rate: 8, emulate: "stall=20s"})
+	stuck := s.underLoad(crowdConfig{clients: 20, rate: 20, emulate: "stall=20s"})
 	slow.await(250)
 	given := stuck.stop()
 	calls := slow.stop()

@@ -266,9 +266,10 @@ func (d *daemon) prepareVerifier(g *generation, old *generation) (*verifier, err
 // Without them the guard serves all the same, each call as its mode says.
 func awaitKeys(v *entra.Verifier, tried <-chan struct{}) {
 	patience := time.After(3 * time.Second)
-	for _, k := range v.Status() {
-		if k.Usable {
-			continue
+	unusable := func(k entra.KeyStatus) bool { return !k.Usable }
+	for range v.Status() { // each of them tells at least once
+		if !slices.ContainsFunc(v.Status(), unusable) {
+			return
 		}
 		select {
 		case <-tried:
@@ -343,6 +344,14 @@ func (d *daemon) openACME(cfg config.ACME) (*listen.ACME, error) {
 		return nil, fmt.Errorf("set up ACME: %w", err)
 	}
 	return acme, nil
+}
+
+// minFree turns the file's 0, which checks nothing, into the ledger's word for it.
+func minFree(size config.Size) int64 {
+	if size == 0 {
+		return -1
+	}
+	return int64(size)
 }
 
 // leeway turns the file's 0, which means none, into entra's word for it.

@@ -168,7 +168,7 @@ func TestTheGuardStartsWhileTheCertificateAuthorityIsDown(t *testing.T) {
 	if l, _ := g.await(0, "certificate"); !strings.Contains(l.Error, "connection refused") {
 		t.Errorf("the log says %+v", l)
 	}
-	if _, body := get(t, g.admin+"/readyz?verbose", ""); !strings.Contains(string(body), "listener lan has no certificate yet") {
+	if _, body := get(t, g.admin+"/readyz?verbose", ""); !strings.Contains(string(body), "listener lan has none for guard.contoso.example yet") {
 		t.Errorf("/readyz?verbose: %s", body)
 	}
 	g.stop()
