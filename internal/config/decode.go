@@ -101,7 +101,11 @@ func (d *decoder) parse(data []byte) ast.Node {
 		return nil
 	}
 	for _, doc := range docs[1:] {
-		d.addAt(doc.Start.Position, "", "a second YAML document begins here", "write everything into one, without ---")
+		at := start(doc.Body)
+		if doc.Start != nil { // after ... there is none
+			at = doc.Start.Position
+		}
+		d.addAt(at, "", "a second YAML document begins here", "write everything into one, without ---")
 	}
 	return docs[0].Body
 }
