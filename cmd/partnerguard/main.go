@@ -130,7 +130,7 @@ usage or configuration, 3 done and found what the command looks for.`,
 		return usage(err, "see "+cmd.CommandPath()+" --help")
 	})
 	root.AddCommand(
-		newDemo(e), newServe(e), newCheck(e), newExplain(e), newReport(e), newCalls(e),
+		newDemo(e), newServe(e), newCheck(e), newExplain(e), newReport(e), newCalls(e), newReconcile(e), newSignIns(e),
 		newLedger(e), newEmulate(e), newVersion(e),
 	)
 	root.InitDefaultCompletionCmd() // now, so that strict holds for it, too

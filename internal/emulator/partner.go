@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -35,6 +34,7 @@ type partner struct {
 	e        *Emulator
 	exposure *exposure
 	state    *state
+	security *security
 	shape    atomic.Int64
 	refusals atomic.Int64 // refusals made so far; ShapeMixed counts on it
 	served   atomic.Int64 // calls met so far, for ThrottleEvery
@@ -43,24 +43,12 @@ type partner struct {
 
 	mu     sync.Mutex
 	issued map[string]issuedToken // opaque and encrypted tokens
-	seen   []verdict              // what the Security APIs report, oldest first
 }
 
 // issuedToken is a bearer token that only the APIs can read.
 type issuedToken struct {
 	claims  map[string]any
 	expires time.Time
-}
-
-// verdict is Partner Center's own note on one call of a user.
-type verdict struct {
-	time                     time.Time
-	requestID, correlationID string
-	operation                string
-	objectID, tenant, upn    string
-	appID                    string
-	compliant                bool
-	source                   string
 }
 
 // call is one request on its way through an API.
@@ -81,6 +69,7 @@ func newPartner(e *Emulator) *partner {
 		e:        e,
 		exposure: newExposure(e.cfg),
 		state:    newState(),
+		security: newSecurity(),
 		issued:   map[string]issuedToken{},
 	}
 	p.setShape(e.cfg.Shape)
@@ -347,76 +336,6 @@ func (p *partner) issue(token string, payload []byte) string {
 	}
 	p.issued[token] = issuedToken{claims, time.Unix(int64(exp), 0)}
 	return token
-}
-
-// note keeps what the Security APIs will say about a user's call.
-func (p *partner) note(c *call) {
-	if appOnly(c.claims) {
-		return
-	}
-	upn := claim(c.claims, "upn")
-	if upn == "" {
-		upn = claim(c.claims, "unique_name")
-	}
-	source, _, _ := net.SplitHostPort(c.r.RemoteAddr)
-	v := verdict{
-		time:          time.Now().UTC(),
-		requestID:     c.r.Header.Get("MS-RequestId"),
-		correlationID: c.r.Header.Get("MS-CorrelationId"),
-		operation:     operationName(c.r),
-		objectID:      claim(c.claims, "oid"),
-		tenant:        claim(c.claims, "tid"),
-		upn:           upn,
-		appID:         clientID(c.claims),
-		compliant:     mfaCompliant(c.claims),
-		source:        source,
-	}
-	if v.requestID == "" {
-		// The answer carries the same one.
-		v.requestID = uuid.NewString()
-		c.r.Header.Set("MS-RequestId", v.requestID)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.seen = append(p.seen, v)
-	if len(p.seen) > maxVerdicts {
-		p.seen = p.seen[1:]
-	}
-}
-
-// maxVerdicts is how many records the Security APIs hold.
-const maxVerdicts = 10_000
-
-func (p *partner) verdicts() []verdict {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return slices.Clone(p.seen)
-}
-
-// operationName is the template style of partnerRequests, which differs from
-// the documentation's.
-func operationName(r *http.Request) string {
-	segments := strings.Split(strings.Trim(r.URL.Path, "/"), "/")
-	previous := ""
-	for i, s := range segments {
-		switch {
-		case i == 0 && s == "v1":
-			segments[i] = "v{version}"
-		case uuid.Validate(s) == nil:
-			segments[i] = "{" + strings.TrimSuffix(strings.ToLower(previous), "s") + "_id}"
-		}
-		previous = s
-	}
-	name := r.Method[:1] + strings.ToLower(r.Method[1:]) + " /" + strings.Join(segments, "/")
-	var names []string
-	for n := range r.URL.Query() {
-		names = append(names, n+"={"+n+"_value}")
-	}
-	slices.Sort(names)
-	if len(names) > 0 {
-		name += "?" + strings.Join(names, "&")
-	}
-	return name
 }
 
 // appOnly tells the kinds of token apart.

@@ -1,0 +1,69 @@
+package reconcile
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+// signInsFile is where the data directory keeps the latest SignIns.
+const signInsFile = "signins.json"
+
+// signInsVersion is that of SignIns as it is kept.
+const signInsVersion = 1
+
+// maxSignInsFile is far more than SaveSignIns writes.
+const maxSignInsFile = 64 << 20
+
+// SaveSignIns keeps s in the data directory dir, in place of what was there, whole or
+// not at all. Only the owner may read it: it holds names of users and addresses.
+func SaveSignIns(dir string, s *SignIns) error {
+	data, err := json.Marshal(s)
+	if err != nil {
+		return fmt.Errorf("keep sign-ins: %w", err)
+	}
+	name := filepath.Join(dir, signInsFile)
+	f, err := os.CreateTemp(dir, signInsFile+".*.tmp") // 0600
+	if err != nil {
+		return fmt.Errorf("keep sign-ins: %w", err)
+	}
+	_, err = f.Write(append(data, '\n'))
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), name)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+		return fmt.Errorf("keep sign-ins: %w", err)
+	}
+	return nil
+}
+
+// LoadSignIns returns what SaveSignIns kept in the data directory dir. The error wraps
+// fs.ErrNotExist when there is nothing; else it has a method Hint() string.
+func LoadSignIns(dir string) (*SignIns, error) {
+	name := filepath.Join(dir, signInsFile)
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, fmt.Errorf("load sign-ins: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxSignInsFile+1))
+	if err == nil && len(data) > maxSignInsFile {
+		err = fmt.Errorf("it has more than %d MiB", maxSignInsFile>>20)
+	}
+	var s SignIns
+	if err == nil {
+		err = json.Unmarshal(data, &s)
+	}
+	switch {
+	case err != nil || s.Version < 1:
+		return nil, &InputError{name, "it does not hold what partnerguard signins kept", "run partnerguard signins again, which replaces it", err}
+	case s.Version > signInsVersion:
+		return nil, &InputError{name, fmt.Sprintf("it has version %d, this program knows %d", s.Version, signInsVersion), "use the newer partnerguard that wrote it, or run partnerguard signins again, which replaces it", nil}
+	}
+	return &s, nil
+}
