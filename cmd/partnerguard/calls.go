@@ -62,11 +62,11 @@ func calls(c *cobra.Command, e environment) error {
 		return err
 	}
 	defer r.Close()
-	identities, err := r.Identities()
+	ctx := c.Context()
+	identities, err := r.Identities(ctx)
 	if err != nil {
 		return err
 	}
-	ctx := c.Context()
 	table := report.NewCallsTable(e.out, identities, report.Style{Width: width(e.out)})
 	shown := 0
 	show := func(call store.Call) error {

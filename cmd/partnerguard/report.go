@@ -99,7 +99,7 @@ func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
 		return err
 	}
 	defer r.Close()
-	identities, err := r.Identities()
+	identities, err := r.Identities(ctx)
 	if err != nil {
 		return err
 	}
@@ -125,7 +125,7 @@ func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
 }
 
 // openStore opens the store of a data directory for reading.
-func openStore(dir string) (*store.Reader, error) {
+func openStore(dir string) (store.Reader, error) {
 	r, err := store.OpenReader(dir)
 	if err == nil {
 		return r, nil

@@ -31,7 +31,7 @@ func TestSignInsProveTheCauseOfACall(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	identities, err := r.Identities()
+	identities, err := r.Identities(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -177,7 +177,7 @@ type Config struct {
 	// run.
 	Dir string
 	// Store are our records.
-	Store *store.Reader
+	Store store.Reader
 
 	// From is a file with a saved answer, or a directory of them. It stands for asking.
 	From string
@@ -293,7 +293,7 @@ func readOurs(ctx context.Context, cfg *Config) (*ours, error) {
 		return nil, err
 	}
 	o := &ours{until: now.Add(-lag), lag: lag, apps: map[string][]*store.Sum{}, users: map[string][]*store.Sum{}, verdicts: map[string]report.Group{}}
-	if o.identities, err = cfg.Store.Identities(); err != nil {
+	if o.identities, err = cfg.Store.Identities(ctx); err != nil {
 		return nil, err
 	}
 	if o.sums, err = cfg.Store.Sums(ctx, time.Time{}, time.Time{}); err != nil {

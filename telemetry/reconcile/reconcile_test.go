@@ -137,7 +137,7 @@ func (r msRow) later(d time.Duration) msRow {
 var before = guardedCall("long-ago").ago(8 * 24 * time.Hour)
 
 // estate is a data directory with calls, and its reader.
-func estate(t testing.TB, calls ...guarded) (dir string, r *store.Reader) {
+func estate(t testing.TB, calls ...guarded) (dir string, r store.Reader) {
 	t.Helper()
 	dir = t.TempDir()
 	l, err := ledger.Open(ledger.Config{Dir: dir, Retention: -1, MinFree: -1})
@@ -208,7 +208,7 @@ func collection[T any](items ...T) any {
 
 const secret = "eyJhbGciOiJub25lIn0.canary-payload-Zq81.canary-signature-Hn27xw"
 
-func config(dir string, r *store.Reader, url string) Config {
+func config(dir string, r store.Reader, url string) Config {
 	return Config{
 		Dir: dir, Store: r, URL: url, Now: func() time.Time { return now },
 		Token:        func(context.Context) (string, error) { return secret, nil },

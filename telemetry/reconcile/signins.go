@@ -133,7 +133,7 @@ func (s *SignIns) Findings() bool { return len(s.Integrations)+len(s.Strangers) 
 type CallRecords interface {
 	Calls(ctx context.Context, f store.Filter, yield func(store.Call) error) error
 	Sums(ctx context.Context, since, until time.Time) ([]store.Sum, error)
-	Identities() (map[string]store.Identity, error)
+	Identities(ctx context.Context) (map[string]store.Identity, error)
 }
 
 // SignInConfig says what to compare.

@@ -162,7 +162,7 @@ func (j *signInJoin) principalOf(app, ref string) (p signer, known bool) {
 // of an hour first, and of more where they are not too many.
 func (j *signInJoin) readCallers(ctx context.Context) error {
 	var err error
-	if j.identities, err = j.cfg.Records.Identities(); err != nil {
+	if j.identities, err = j.cfg.Records.Identities(ctx); err != nil {
 		return err
 	}
 	step := time.Hour

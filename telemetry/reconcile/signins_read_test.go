@@ -547,4 +547,4 @@ func (c fixedCalls) Calls(_ context.Context, f store.Filter, yield func(store.Ca
 }
 
 func (fixedCalls) Sums(context.Context, time.Time, time.Time) ([]store.Sum, error) { return nil, nil }
-func (fixedCalls) Identities() (map[string]store.Identity, error)                  { return nil, nil }
+func (fixedCalls) Identities(context.Context) (map[string]store.Identity, error)   { return nil, nil }

@@ -49,7 +49,7 @@ type changeCall func(*proxy.Record)
 
 // guardOf is a data directory with calls of billing's, with sam's token without MFA
 // unless they say otherwise.
-func guardOf(t testing.TB, calls ...changeCall) *store.Reader {
+func guardOf(t testing.TB, calls ...changeCall) store.Reader {
 	t.Helper()
 	dir := t.TempDir()
 	l, err := ledger.Open(ledger.Config{Dir: dir, Retention: -1, MinFree: -1})
@@ -539,9 +539,9 @@ func TestASignInOfAForgottenUserIsNoProofOfAStranger(t *testing.T) {
 }
 
 // forgetful no longer knows who the users are.
-type forgetful struct{ *store.Reader }
+type forgetful struct{ store.Reader }
 
-func (forgetful) Identities() (map[string]store.Identity, error) { return nil, nil }
+func (forgetful) Identities(context.Context) (map[string]store.Identity, error) { return nil, nil }
 
 func TestReadSignInsEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())

@@ -132,7 +132,7 @@ type Options struct {
 type Integration struct{ Name, Owner string }
 
 // Build reads the report from r. identities say whom user_refs stand for.
-func Build(ctx context.Context, r *store.Reader, identities map[string]store.Identity, o Options) (*Report, error) {
+func Build(ctx context.Context, r store.Reader, identities map[string]store.Identity, o Options) (*Report, error) {
 	if o.By == "" {
 		o.By = ByIntegration
 	}

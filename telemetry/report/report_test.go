@@ -113,7 +113,7 @@ func (s sent) from(integration, owner string) sent {
 
 // estate is a data directory into which calls were written by way of the ledger,
 // a minute apart, and its reader.
-func estate(t *testing.T, calls ...sent) (*store.Reader, map[string]store.Identity) {
+func estate(t *testing.T, calls ...sent) (store.Reader, map[string]store.Identity) {
 	t.Helper()
 	dir := t.TempDir()
 	l, err := ledger.Open(ledger.Config{Dir: dir, Retention: -1, MinFree: -1})
@@ -157,7 +157,7 @@ func estate(t *testing.T, calls ...sent) (*store.Reader, map[string]store.Identi
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { r.Close() })
-	ids, err := r.Identities()
+	ids, err := r.Identities(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -43,8 +43,8 @@ func filterJournal() *journal {
 }
 
 // filterReaders are readers of the same calls: with none folded, all, and some.
-func filterReaders(t testing.TB) map[string]*Reader {
-	j, readers := filterJournal(), map[string]*Reader{}
+func filterReaders(t testing.TB) map[string]Reader {
+	j, readers := filterJournal(), map[string]Reader{}
 	for name, foldAt := range map[string]int{"not folded": math.MaxInt, "folded one by one": 1, "folded in part": 25} {
 		dir := t.TempDir()
 		s, err := Open(Config{Dir: dir, Source: j.open, Now: func() time.Time { return start.Add(4 * 24 * time.Hour) }})

@@ -16,9 +16,9 @@ import (
 	"github.com/partnerguard/partnerguard/telemetry/ledger"
 )
 
-// Reader searches the database of a data directory, beside a Store that may be
+// sqliteReader is a Reader of a data directory, beside a Store that may be
 // writing it in another process. It is safe for concurrent use.
-type Reader struct {
+type sqliteReader struct {
 	dir    string
 	db     *sql.DB
 	source func(from ledger.Position) (Source, error)
@@ -30,7 +30,7 @@ var ErrNoStore = errors.New("there is no store")
 // OpenReader opens the database of the data directory dir for reading. The error
 // wraps ErrNoStore when there is none; where there is a way out, it has a method
 // Hint() string.
-func OpenReader(dir string) (*Reader, error) {
+func OpenReader(dir string) (Reader, error) {
 	path := dbPath(dir)
 	none := &hintError{
 		fmt.Errorf("open store in %s: %w", dir, ErrNoStore),
@@ -48,7 +48,7 @@ func OpenReader(dir string) (*Reader, error) {
 	// A database that was rebuilt is another file: find it within a minute.
 	db.SetConnMaxLifetime(time.Minute)
 	db.SetMaxOpenConns(4)
-	r := &Reader{
+	r := &sqliteReader{
 		dir: dir, db: db,
 		source: func(from ledger.Position) (Source, error) { return ledger.NewReader(dir, from) },
 	}
@@ -64,7 +64,7 @@ func OpenReader(dir string) (*Reader, error) {
 	return r, nil
 }
 
-func (r *Reader) version() (int, error) {
+func (r *sqliteReader) version() (int, error) {
 	ctx := context.Background()
 	conn, err := r.db.Conn(ctx)
 	if err != nil {
@@ -74,11 +74,10 @@ func (r *Reader) version() (int, error) {
 	return checkSchema(ctx, conn)
 }
 
-// Close releases the database.
-func (r *Reader) Close() error { return r.db.Close() }
+func (r *sqliteReader) Close() error { return r.db.Close() }
 
 // fail says what was being done, and what to do about it.
-func (r *Reader) fail(err error) error {
+func (r *sqliteReader) fail(err error) error {
 	out := fmt.Errorf("read store in %s: %w", r.dir, err)
 	switch {
 	case damaged(err):
@@ -89,9 +88,7 @@ func (r *Reader) fail(err error) error {
 	return out
 }
 
-// Lag is how far the database is behind the ledger: the age of the oldest call
-// that is in the ledger only, zero when there is none.
-func (r *Reader) Lag(ctx context.Context) (time.Duration, error) {
+func (r *sqliteReader) Lag(ctx context.Context) (time.Duration, error) {
 	var at ledger.Position
 	if err := r.db.QueryRowContext(ctx, "SELECT segment, offset FROM position").Scan(&at.Segment, &at.Offset); err != nil {
 		return 0, r.fail(err)
@@ -126,11 +123,11 @@ func (r *Reader) Lag(ctx context.Context) (time.Duration, error) {
 	}
 }
 
-// Identities returns whom the user_refs stand for, as far as that is kept.
-func (r *Reader) Identities() (map[string]Identity, error) { return ledger.Identities(r.dir) }
+func (r *sqliteReader) Identities(context.Context) (map[string]Identity, error) {
+	return ledger.Identities(r.dir)
+}
 
-// LastFinish returns the greatest Finish so far, where a follower begins.
-func (r *Reader) LastFinish(ctx context.Context) (uint64, error) {
+func (r *sqliteReader) LastFinish(ctx context.Context) (uint64, error) {
 	var n uint64
 	if err := r.db.QueryRowContext(ctx, "SELECT coalesce(max(finish), 0) FROM calls").Scan(&n); err != nil {
 		return 0, r.fail(err)
@@ -180,10 +177,7 @@ func ParseStatus(s string) (low, high int64, err error) {
 // so that a slow receiver does not keep SQLite's log from being recycled.
 const page = 500
 
-// Calls hands the calls that f selects to yield, those that ended first, in the
-// order in which they ended, then those without outcome as they began. An error of
-// yield ends it and is returned as it is.
-func (r *Reader) Calls(ctx context.Context, f Filter, yield func(Call) error) error {
+func (r *sqliteReader) Calls(ctx context.Context, f Filter, yield func(Call) error) error {
 	q, err := r.query(f)
 	if err != nil {
 		return err
@@ -224,8 +218,7 @@ func (r *Reader) Calls(ctx context.Context, f Filter, yield func(Call) error) er
 	return nil
 }
 
-// OpenCalls returns the calls that have no outcome yet, as they began.
-func (r *Reader) OpenCalls(ctx context.Context) ([]Call, error) {
+func (r *sqliteReader) OpenCalls(ctx context.Context) ([]Call, error) {
 	q, err := r.query(Filter{})
 	if err != nil {
 		return nil, err
@@ -263,7 +256,7 @@ func (p part) where(q *query) (cond string, args []any) {
 // plan returns where the calls can be that q selects, in order. The last part holds
 // the calls that are not folded, or were not when plan was called: calls that end
 // meanwhile are found there.
-func (r *Reader) plan(ctx context.Context, q *query, f Filter) ([]part, error) {
+func (r *sqliteReader) plan(ctx context.Context, q *query, f Filter) ([]part, error) {
 	tx, err := r.db.BeginTx(ctx, nil)
 	if err != nil {
 		return nil, err
@@ -303,7 +296,7 @@ func (r *Reader) plan(ctx context.Context, q *query, f Filter) ([]part, error) {
 }
 
 // latest makes parts begin with the latest n calls of theirs.
-func (r *Reader) latest(ctx context.Context, q *query, parts []part, n int) error {
+func (r *sqliteReader) latest(ctx context.Context, q *query, parts []part, n int) error {
 	for i := len(parts) - 1; i >= 0; i-- {
 		if n == 0 {
 			parts[i].low = endless
@@ -324,7 +317,7 @@ func (r *Reader) latest(ctx context.Context, q *query, parts []part, n int) erro
 
 // page reads up to n calls of a part. With its last page, which last says or a short
 // page shows, come the open ones as of the same moment, if wanted.
-func (r *Reader) page(ctx context.Context, q *query, p part, n int, last, wantOpen bool) (calls, open []Call, err error) {
+func (r *sqliteReader) page(ctx context.Context, q *query, p part, n int, last, wantOpen bool) (calls, open []Call, err error) {
 	tx, err := r.db.BeginTx(ctx, nil)
 	if err != nil {
 		return nil, nil, err
@@ -395,7 +388,7 @@ func (q *query) matches(c *Call) bool {
 	return true
 }
 
-func (r *Reader) query(f Filter) (*query, error) {
+func (r *sqliteReader) query(f Filter) (*query, error) {
 	q := &query{}
 	if !f.Since.IsZero() {
 		since := f.Since.UTC()
@@ -466,8 +459,8 @@ func lowerASCII(id string) string {
 
 // userRefs are the user_refs that user, a name, an object id or a user_ref itself,
 // stands for.
-func (r *Reader) userRefs(user string) ([]string, error) {
-	ids, err := r.Identities()
+func (r *sqliteReader) userRefs(user string) ([]string, error) {
+	ids, err := ledger.Identities(r.dir)
 	if err != nil {
 		return nil, err
 	}

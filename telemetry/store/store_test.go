@@ -128,7 +128,7 @@ func catchUp(t *testing.T, s *Store) int {
 	return n
 }
 
-func openReader(t *testing.T, dir string) *Reader {
+func openReader(t *testing.T, dir string) Reader {
 	t.Helper()
 	r, err := OpenReader(dir)
 	if err != nil {
@@ -138,7 +138,7 @@ func openReader(t *testing.T, dir string) *Reader {
 	return r
 }
 
-func readCalls(t *testing.T, r *Reader, f Filter) []Call {
+func readCalls(t *testing.T, r Reader, f Filter) []Call {
 	t.Helper()
 	var calls []Call
 	if err := r.Calls(t.Context(), f, func(c Call) error { calls = append(calls, c); return nil }); err != nil {
@@ -147,7 +147,7 @@ func readCalls(t *testing.T, r *Reader, f Filter) []Call {
 	return calls
 }
 
-func readSums(t *testing.T, r *Reader) []Sum {
+func readSums(t *testing.T, r Reader) []Sum {
 	t.Helper()
 	sums, err := r.Sums(t.Context(), time.Time{}, time.Time{})
 	if err != nil {
@@ -713,7 +713,7 @@ func TestLag(t *testing.T) {
 	s := openTest(t, dir, j, nil)
 	catchUp(t, s)
 	r := openReader(t, dir)
-	r.source = j.open
+	r.(*sqliteReader).source = j.open
 	if lag, err := r.Lag(t.Context()); err != nil || lag != 0 || s.Lag() != 0 {
 		t.Errorf("Lag = %v, %v for the reader and %v for the writer when caught up, want 0", lag, err, s.Lag())
 	}
@@ -778,7 +778,7 @@ func testRetention(t *testing.T, foldAt int) {
 		"SELECT count(*) FROM ids WHERE (run & 0xffffffffffff) < (SELECT min(finish) FROM calls)": 0,
 	} {
 		var n int
-		if err := r.db.QueryRow(query).Scan(&n); err != nil || n != want {
+		if err := r.(*sqliteReader).db.QueryRow(query).Scan(&n); err != nil || n != want {
 			t.Errorf("%s = %d, %v; want %d", query, n, err, want)
 		}
 	}
@@ -910,7 +910,7 @@ func TestCallsComePageByPage(t *testing.T) {
 	})
 }
 
-func testPages(t *testing.T, r *Reader, n int) {
+func testPages(t *testing.T, r Reader, n int) {
 	for _, tt := range []struct{ limit, want int }{{0, n + 1}, {page, page + 1}, {2 * page, 2*page + 1}, {page + 1, page + 2}, {n, n + 1}} {
 		got := readCalls(t, r, Filter{Limit: tt.limit})
 		if len(got) != tt.want || !got[len(got)-1].Open() {

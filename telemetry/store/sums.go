@@ -99,10 +99,7 @@ func (d *Dim) fields() []any {
 		&d.Effect, &d.Reason, &d.WouldReject, &d.Status, &d.Rejection, &d.Code, &d.MFA, &d.MFACompliant, &d.AMR}
 }
 
-// Sums returns what the calls come to that began in the whole hours (UTC) from
-// that of since up to until, which is rounded up. A zero time leaves that end open.
-// Calls without outcome are not in it: see OpenCalls.
-func (r *Reader) Sums(ctx context.Context, since, until time.Time) ([]Sum, error) {
+func (r *sqliteReader) Sums(ctx context.Context, since, until time.Time) ([]Sum, error) {
 	low, high := hourRange(since, until)
 	rows, err := r.db.QueryContext(ctx, `
 		SELECT `+dimColumns+`, n, first, last FROM (
@@ -132,9 +129,7 @@ func (r *Reader) Sums(ctx context.Context, since, until time.Time) ([]Sum, error
 	return sums, nil
 }
 
-// Gaps counts the calls and outcomes between since and until that the ledger could
-// not take. Bounds are as those of Sums.
-func (r *Reader) Gaps(ctx context.Context, since, until time.Time) (calls, outcomes int64, err error) {
+func (r *sqliteReader) Gaps(ctx context.Context, since, until time.Time) (calls, outcomes int64, err error) {
 	low, high := hourRange(since, until)
 	err = r.db.QueryRowContext(ctx, `SELECT coalesce(sum(calls), 0), coalesce(sum(outcomes), 0) FROM gaps
 		WHERE until / ?1 >= ?2 AND since / ?1 <= ?3`, hourMicros, low, high).Scan(&calls, &outcomes)
