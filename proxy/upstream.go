@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -32,9 +33,10 @@ type Upstream struct {
 	validatesMFA bool
 	rewriteLinks bool
 	transport    *http.Transport
-	once         *http.Transport // for what HTTP/2 would repeat; nil without HTTP/2
-	answerTime   time.Duration   // how long it may take no byte of a request and give no answer
-	silence      time.Duration   // how long it may say nothing in the middle of an answer
+	bodiless     roundTripper // for requests without a body; with HTTP/2 only for those that it would repeat
+	http2        bool
+	answerTime   time.Duration // how long it may take no byte of a request and give no answer
+	silence      time.Duration // how long it may say nothing in the middle of an answer
 	breaker      *gobreaker.TwoStepCircuitBreaker[any]
 }
 
@@ -95,38 +97,63 @@ func NewUpstream(cfg UpstreamConfig) (*Upstream, error) {
 	if cfg.Idle == 0 {
 		cfg.Idle = 90 * time.Second
 	}
-	transport, once := cfg.transport(cfg.HTTP2), (*http.Transport)(nil)
-	if cfg.HTTP2 {
-		once = cfg.transport(false)
-	}
 	return &Upstream{
 		name: cfg.Name, title: title(cfg.Name), url: u, rewriteLinks: cfg.RewriteLinks, audiences: slices.Clone(cfg.Audiences), validatesMFA: cfg.ValidatesMFA,
-		transport: transport, once: once, answerTime: cfg.DialTimeout + cfg.TLSTimeout + cfg.ResponseHeader, silence: cfg.ResponseHeader, breaker: newBreaker(cfg.Name, cfg.OnBreaker),
+		transport: cfg.transport(cfg.HTTP2), bodiless: cfg.bodiless(u), http2: cfg.HTTP2, answerTime: cfg.DialTimeout + cfg.TLSTimeout + cfg.ResponseHeader, silence: cfg.ResponseHeader, breaker: newBreaker(cfg.Name, cfg.OnBreaker),
 	}, nil
 }
 
-// transport makes a transport of its own.
-func (cfg *UpstreamConfig) transport(http2 bool) *http.Transport {
-	dialer := &net.Dialer{
+// roundTripper is what both http.Transport and synchronous are.
+type roundTripper interface {
+	http.RoundTripper
+	CloseIdleConnections()
+}
+
+// bodiless returns what carries requests without a body to u.
+func (cfg *UpstreamConfig) bodiless(u *url.URL) roundTripper {
+	proxy, err := http.ProxyFromEnvironment(&http.Request{URL: u})
+	if !canBeQuiet || cfg.Dial == "" && (proxy != nil || err != nil) {
+		return cfg.transport(false) // which knows how to ask a proxy
+	}
+	port := u.Port()
+	s := &synchronous{dial: cfg.dial, tlsTime: cfg.TLSTimeout, silence: cfg.ResponseHeader, idle: cfg.Idle}
+	if u.Scheme == "https" {
+		port = cmp.Or(port, "443")
+		s.tls = cfg.tls()
+		s.tls.ServerName = u.Hostname()
+	}
+	s.address = net.JoinHostPort(u.Hostname(), cmp.Or(port, "80"))
+	return s
+}
+
+// dial connects to the upstream.
+func (cfg *UpstreamConfig) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := net.Dialer{
 		Timeout:   cfg.DialTimeout,
 		KeepAlive: 30 * time.Second,
 		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
 			return refuseOwn(address, cfg.OwnAddresses)
 		},
 	}
+	return dialer.DialContext(ctx, network, cmp.Or(cfg.Dial, address))
+}
+
+func (cfg *UpstreamConfig) tls() *tls.Config {
+	return &tls.Config{RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12}
+}
+
+// transport makes a transport of its own.
+func (cfg *UpstreamConfig) transport(http2 bool) *http.Transport {
 	t := &http.Transport{
 		Proxy: http.ProxyFromEnvironment,
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			if cfg.Dial != "" {
-				address = cfg.Dial
-			}
-			c, err := dialer.DialContext(ctx, network, address)
+			c, err := cfg.dial(ctx, network, address)
 			if err != nil {
 				return nil, err
 			}
 			return &upstreamConn{Conn: c}, nil
 		},
-		TLSClientConfig:       &tls.Config{RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12},
+		TLSClientConfig:       cfg.tls(),
 		TLSHandshakeTimeout:   cfg.TLSTimeout,
 		ResponseHeaderTimeout: cfg.ResponseHeader,
 		IdleConnTimeout:       cfg.Idle,
@@ -136,7 +163,7 @@ func (cfg *UpstreamConfig) transport(http2 bool) *http.Transport {
 		// is a ZIP file.
 		DisableCompression:     true,
 		ForceAttemptHTTP2:      http2,
-		MaxResponseHeaderBytes: 1 << 20,
+		MaxResponseHeaderBytes: maxHeader,
 	}
 	if cfg.Dial != "" {
 		t.Proxy = nil // a stated address is meant to be dialled
@@ -170,9 +197,9 @@ func (u *Upstream) Name() string { return u.name }
 // long it may say nothing, how much of it may come before the answer proper, and what
 // it may say in the guard's name.
 func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
-	transport := u.transport
-	if u.once != nil && r.Body == nil && !isSafe(r.Method) {
-		transport = u.once
+	transport := roundTripper(u.transport)
+	if r.Body == nil && (!u.http2 || !isSafe(r.Method)) {
+		transport = u.bodiless
 	}
 	if trace := httptrace.ContextClientTrace(r.Context()); trace != nil {
 		watch(r.Context(), trace)
@@ -205,8 +232,11 @@ func (u *Upstream) RoundTrip(r *http.Request) (*http.Response, error) {
 		res.Body = http.NoBody
 		return res, nil
 	}
-	body := res.Body
-	res.Body = &answerBody{ReadCloser: body, res: res, silence: newStall(u.silence, func(time.Time) error { return body.Close() })}
+	body := &answerBody{ReadCloser: res.Body, res: res}
+	if _, ok := transport.(*synchronous); !ok { // which bounds the silence itself
+		body.silence = newStall(u.silence, func(time.Time) error { return body.ReadCloser.Close() })
+	}
+	res.Body = body
 	return res, nil
 }
 
@@ -337,9 +367,7 @@ func (u *Upstream) BreakerState() string { return u.breaker.State().String() }
 // Close closes idle connections.
 func (u *Upstream) Close() {
 	u.transport.CloseIdleConnections()
-	if u.once != nil {
-		u.once.CloseIdleConnections()
-	}
+	u.bodiless.CloseIdleConnections()
 }
 
 // refuseOwn fails for an address that one of our own listeners serves.

@@ -40,14 +40,18 @@ import (
 //     what a CA withdraws early it announces by ARI (RFC 9773), which is asked.
 //   - Without an e-mail address it may ask for one on standard input.
 //
+// With ACMEConfig.Fleet guards share what they obtain, see there.
+//
 // All methods are safe for concurrent use.
 type ACME struct {
 	cfg     ACMEConfig
-	store   storage
-	cache   *certmagic.Cache // stays empty: certmagic.Config cannot be without
+	dir     storage           // what lies in Dir; for a fleet's guard copies of certificates
+	store   certmagic.Storage // dir, or the fleet's
+	cache   *certmagic.Cache  // stays empty: certmagic.Config cannot be without
 	magic   *certmagic.Config
 	issuer  *certmagic.ACMEIssuer // used by the goroutine alone
-	changed chan struct{}         // capacity 1: Manage has been called
+	fleet   fleet
+	changed chan struct{} // capacity 1: Manage has been called
 	stop    context.CancelFunc
 	stopped chan struct{}
 
@@ -57,13 +61,16 @@ type ACME struct {
 	sites    map[string]*site
 }
 
-// site is one name that wants a certificate. The map and certificate, due and err
-// are guarded by ACME.mu; only the goroutine changes a site once it is in the map.
+// site is one name that wants a certificate. The map and what is in a site are
+// guarded by ACME.mu; only the goroutine changes a site once it is in the map.
 type site struct {
 	name        string
 	certificate *tls.Certificate // nil: none yet; may have expired
 	due         time.Time        // of the next order
 	ask         time.Time        // of the next look at the CA's renewal information
+	look        time.Time        // of the next look into the fleet's storage
+	later       time.Time        // no order before: the storage is out of reach, or another guard orders
+	unreachable int              // times in a row that the storage could not be used
 	failures    int              // orders that failed since the last that did not
 	err         error            // of the last order; nil after a success
 }
@@ -74,6 +81,14 @@ type ACMEConfig struct {
 	// mode 0700, files 0600. It must survive a restart, or each start is an order;
 	// and only one process may use it at a time.
 	Dir string
+	// Fleet is the storage that guards share which serve the same names, with the
+	// same Directory. One of them orders, the others take over what it stored within
+	// a minute; failures of one make all wait. A challenge is answered by any of
+	// them, wherever the CA's validation arrives: HTTPPort is listened on all the
+	// time for it. Dir holds copies of the certificates, which are served as long as
+	// the storage cannot be reached: nobody orders then. Nil: this guard has its own
+	// certificates. Closing it is the caller's, after Close.
+	Fleet *PostgresStorage
 	// Directory is the https URL of the CA's directory; empty is Let's Encrypt's.
 	// Certificates are kept by CA: with another one, all are obtained anew. The
 	// environment's HTTPS_PROXY and NO_PROXY hold.
@@ -123,6 +138,7 @@ type ACMEOutcome string
 const (
 	ACMEObtained ACMEOutcome = "obtained" // the first certificate of this name
 	ACMERenewed  ACMEOutcome = "renewed"
+	ACMEShared   ACMEOutcome = "shared" // another guard of the fleet obtained or renewed it
 	ACMEFailed   ACMEOutcome = "failed" // the certificate in use, if any, stays
 )
 
@@ -143,6 +159,7 @@ type pace struct {
 	longest time.Duration // 6 hours
 	restart time.Duration // 5 minutes
 	ask     time.Duration // 6 hours, see askRenewal
+	look    time.Duration // 1 minute, see lookAround
 }
 
 const (
@@ -165,6 +182,7 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 	cfg.pace.longest = cmp.Or(cfg.pace.longest, 6*time.Hour)
 	cfg.pace.restart = cmp.Or(cfg.pace.restart, 5*time.Minute)
 	cfg.pace.ask = cmp.Or(cfg.pace.ask, 6*time.Hour)
+	cfg.pace.look = cmp.Or(cfg.pace.look, time.Minute)
 	if cfg.Dir == "" {
 		return nil, errors.New("listen: ACMEConfig.Dir is required")
 	}
@@ -188,10 +206,14 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 	quiet := zap.NewNop() // errors come back; its log has headers and signatures
 	a := &ACME{
 		cfg:     cfg,
-		store:   storage{&certmagic.FileStorage{Path: cfg.Dir}},
+		dir:     storage{&certmagic.FileStorage{Path: cfg.Dir}},
 		changed: make(chan struct{}, 1),
 		stopped: make(chan struct{}),
 		sites:   map[string]*site{},
+	}
+	a.store = a.dir
+	if cfg.Fleet != nil {
+		a.store = cfg.Fleet
 	}
 	a.cache = certmagic.NewCache(certmagic.CacheOptions{
 		GetConfigForCert: func(certmagic.Certificate) (*certmagic.Config, error) { return a.magic, nil },
@@ -212,9 +234,12 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 		ListenHost:                cfg.host,
 		AltHTTPPort:               cfg.HTTPPort,
 		AltTLSALPNPort:            cfg.TLSALPNPort,
-		DisableDistributedSolvers: true, // challenges stay in memory
+		DisableDistributedSolvers: cfg.Fleet == nil, // challenges stay in memory
 		Logger:                    quiet,
 	})
+	if cfg.Fleet != nil {
+		a.fleet.init(a.magic, cfg.Directory)
+	}
 	a.issuer.TestCA = "" // filled in with Let's Encrypt's staging CA
 	a.magic.Issuers = []certmagic.Issuer{a.issuer}
 	if cfg.Email != "" {
@@ -234,7 +259,8 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 // Manage says which names want a certificate from now on; those of an earlier
 // call that are not among them are given up, but stay on disk. What is stored is
 // served when Manage returns; what is missing, or due, is obtained in the
-// background. ctx bounds the reading of the store only.
+// background. ctx bounds the reading of the store only; that of a fleet is given
+// five seconds.
 //
 // Names are host names; neither challenge can prove a wildcard. An error changes
 // nothing.
@@ -244,6 +270,8 @@ func NewACME(cfg ACMEConfig) (*ACME, error) {
 func (a *ACME) Manage(ctx context.Context, domains []string) error {
 	a.managing.Lock()
 	defer a.managing.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, storageTimeout)
+	defer cancel()
 	var names []string
 	sites := map[string]*site{}
 	for _, domain := range domains {
@@ -326,11 +354,14 @@ func (a *ACME) getCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, err
 		if len(hello.SupportedProtos) > 1 || hello.ServerName == "" || !a.cfg.TLSALPN01 {
 			return nil, fmt.Errorf("%s handshake for %s is not a validation", challengeProtocol, name)
 		}
+		if _, own := certmagic.GetACMEChallenge(name); !own && a.cfg.Fleet != nil && !a.mayLookUp(hello.Context(), name) {
+			return nil, fmt.Errorf("too many %s handshakes for %s", challengeProtocol, name)
+		}
 		return a.magic.GetCertificate(hello)
 	case now.certificate != nil:
 		return now.certificate, nil
 	case now.err != nil:
-		return nil, fmt.Errorf("no certificate for %s yet, next attempt at %s: %w", name, now.due.UTC().Format(time.RFC3339), now.err)
+		return nil, fmt.Errorf("no certificate for %s yet, next attempt at %s: %w", name, now.next().UTC().Format(time.RFC3339), now.err)
 	}
 	return nil, fmt.Errorf("no certificate for %s yet: it is being obtained", name)
 }
@@ -347,6 +378,7 @@ func (a *ACME) protocols() []string {
 // run does what is due, one thing at a time, until ctx ends.
 func (a *ACME) run(ctx context.Context) {
 	defer close(a.stopped)
+	defer a.fleet.stopAnswering()
 	for ctx.Err() == nil {
 		now := time.Now()
 		s, at := a.next()
@@ -360,10 +392,13 @@ func (a *ACME) run(ctx context.Context) {
 			timer.Stop()
 			continue
 		}
-		if now.Before(s.due) {
-			a.askRenewal(ctx, s)
-		} else {
+		switch {
+		case !now.Before(s.next()):
 			a.order(ctx, s)
+		case a.cfg.Fleet != nil && !now.Before(s.look):
+			a.lookAround(ctx, s)
+		default:
+			a.askRenewal(ctx, s)
 		}
 	}
 }
@@ -375,9 +410,12 @@ func (a *ACME) next() (first *site, at time.Time) {
 	at = time.Now().Add(checkInterval)
 	for _, name := range a.names {
 		s := a.sites[name]
-		when := s.due
+		when := s.next()
 		if s.certificate != nil && s.failures == 0 && s.ask.Before(when) {
 			when = s.ask
+		}
+		if a.cfg.Fleet != nil && s.look.Before(when) {
+			when = s.look
 		}
 		if first == nil || when.Before(at) {
 			first, at = s, when
@@ -386,8 +424,28 @@ func (a *ACME) next() (first *site, at time.Time) {
 	return first, at
 }
 
+// next is when s may be ordered.
+func (s *site) next() time.Time {
+	if s.later.After(s.due) {
+		return s.later
+	}
+	return s.due
+}
+
 // order obtains a certificate for s and puts it to use.
 func (a *ACME) order(ctx context.Context, s *site) {
+	end := ctx
+	var held *lease
+	if a.cfg.Fleet != nil {
+		if held = a.takeTurn(ctx, s); held == nil {
+			return
+		}
+		defer held.release(context.Background())
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		defer context.AfterFunc(held.held, cancel)()
+		defer cancel()
+	}
 	had := s.certificate != nil
 	failures := s.failures + 1
 	// First of all, so that a process that dies in the middle does not start over
@@ -399,7 +457,7 @@ func (a *ACME) order(ctx context.Context, s *site) {
 		certificate, bundle, err = a.obtain(ctx, s)
 	}
 	if err != nil {
-		if ctx.Err() != nil {
+		if end.Err() != nil {
 			return
 		}
 		next := a.cfg.pace.after(failures, refused(err))
@@ -416,7 +474,7 @@ func (a *ACME) order(ctx context.Context, s *site) {
 		s.certificate, s.failures, s.err = certificate, 0, nil
 		s.due, s.ask = renewAt(certificate.Leaf), time.Now().Add(4*a.cfg.pace.ask)
 	})
-	if err = a.save(s.name, bundle); err != nil {
+	if err = a.save(held, s.name, bundle); err != nil {
 		// Served all the same. A restart would have to order again, and waits.
 		a.update(func() { s.err = err })
 		a.tell(ACMEFailed, s)
@@ -440,7 +498,7 @@ func (a *ACME) tell(outcome ACMEOutcome, s *site) {
 	if a.cfg.Event == nil {
 		return
 	}
-	event := ACMEEvent{Outcome: outcome, Name: s.name, Err: s.err, Next: s.due}
+	event := ACMEEvent{Outcome: outcome, Name: s.name, Err: s.err, Next: s.next()}
 	if s.certificate != nil {
 		event.NotAfter = s.certificate.Leaf.NotAfter
 	}

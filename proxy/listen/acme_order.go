@@ -55,7 +55,7 @@ func (a *ACME) obtain(ctx context.Context, s *site) (_ *tls.Certificate, bundle 
 	http01 := a.cfg.HTTP01 && (!a.cfg.TLSALPN01 || s.failures == 0 || s.failures%2 == 1)
 	tlsALPN01 := a.cfg.TLSALPN01 && (!a.cfg.HTTP01 || s.failures == 0 || s.failures%2 == 0)
 	if http01 {
-		stop, err := a.answerHTTP()
+		stop, err := a.answerOrder()
 		switch {
 		case err == nil:
 			defer stop()
@@ -101,12 +101,13 @@ func (a *ACME) answerHTTP() (stop func(), err error) {
 	server := &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			challenge, ok := certmagic.GetACMEChallenge(r.Host)
-			if !ok || !certmagic.SolveHTTPChallenge(quiet, w, r, challenge.Challenge) {
-				http.NotFound(w, r)
+			if ok && certmagic.SolveHTTPChallenge(quiet, w, r, challenge.Challenge) || !ok && a.answerForFleet(w, r) {
+				return
 			}
+			http.NotFound(w, r)
 		}),
 		ReadTimeout:    5 * time.Second,
-		WriteTimeout:   5 * time.Second,
+		WriteTimeout:   5*time.Second + 2*storageTimeout, // for a turn, and for the answer
 		MaxHeaderBytes: 8 << 10,
 		ErrorLog:       log.New(io.Discard, "", 0),
 	}

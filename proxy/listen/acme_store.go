@@ -18,20 +18,26 @@ import (
 // is as good as none.
 func (a *ACME) load(ctx context.Context, name string) (*site, error) {
 	s := &site{name: name, due: time.Now()}
-	bundle, err := a.store.Load(ctx, a.bundleKey(name))
+	bundle, err := a.dir.Load(ctx, a.bundleKey(name))
 	switch {
 	case err == nil:
 		if s.certificate, err = parseBundle(name, bundle); err != nil {
 			s.err = fmt.Errorf("read stored certificate: %w", err)
-			break
 		}
-		s.due, s.ask = renewAt(s.certificate.Leaf), s.due.Add(a.cfg.pace.ask)
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("read stored certificate of %s: %w", name, err)
 	}
-	var last attempt
-	text, err := a.store.Load(ctx, a.attemptKey(name))
-	if err == nil && json.Unmarshal(text, &last) == nil { // nothing that cannot be lost
+	if a.cfg.Fleet != nil {
+		// The goroutine looks again at once, and reports what is wrong.
+		if certificate, bundle, err := a.shared(ctx, name); err == nil && newer(certificate, s.certificate) {
+			s.certificate, s.err = certificate, nil
+			a.dir.Store(ctx, a.bundleKey(name), bundle)
+		}
+	}
+	if s.certificate != nil {
+		s.due, s.ask = renewAt(s.certificate.Leaf), s.due.Add(a.cfg.pace.ask)
+	}
+	if last, ok := a.lastAttempt(ctx, name); ok {
 		s.failures, s.err = last.Failures, errors.New(last.Error)
 		again := slices.MinFunc([]time.Time{
 			last.Next,
@@ -45,12 +51,24 @@ func (a *ACME) load(ctx context.Context, name string) (*site, error) {
 	return s, nil
 }
 
-// save stores a key with its certificates, and forgets the attempts it took.
-func (a *ACME) save(name string, bundle []byte) error {
-	if err := a.store.Store(context.Background(), a.bundleKey(name), bundle); err != nil {
-		return fmt.Errorf("store certificate of %s: %w", name, err)
+// lastAttempt is the order that failed last, if that can be read: nothing that
+// cannot be lost.
+func (a *ACME) lastAttempt(ctx context.Context, name string) (last attempt, ok bool) {
+	text, err := a.store.Load(ctx, a.attemptKey(name))
+	return last, err == nil && json.Unmarshal(text, &last) == nil
+}
+
+// save stores a key with its certificates, and forgets the attempts it took. held
+// is the guard's turn to order for the fleet; nil without one.
+func (a *ACME) save(held *lease, name string, bundle []byte) error {
+	err := a.dir.Store(context.Background(), a.bundleKey(name), bundle)
+	if held != nil {
+		err = errors.Join(err, held.storage.storeHeld(context.Background(), held, a.bundleKey(name), bundle))
 	}
-	if err := a.store.Delete(context.Background(), a.attemptKey(name)); err != nil {
+	if err == nil {
+		err = a.store.Delete(context.Background(), a.attemptKey(name))
+	}
+	if err != nil {
 		return fmt.Errorf("store certificate of %s: %w", name, err)
 	}
 	return nil
@@ -83,8 +101,9 @@ func (a *ACME) attemptKey(name string) string {
 	return path.Join("attempts", certmagic.StorageKeys.Safe(a.issuer.IssuerKey()), name+".json")
 }
 
-// storage is certmagic's, without its lock files: there is one process and one
-// order at a time, and a lock file outlives a process that was killed.
+// storage is certmagic's in a directory, without its lock files: there is one
+// process and one order at a time, and a lock file outlives a process that was
+// killed.
 type storage struct{ *certmagic.FileStorage }
 
 func (storage) Lock(context.Context, string) error   { return nil }

@@ -67,6 +67,10 @@ func TestACME(t *testing.T) {
 			"CA that is not trusted":           testUntrustedCA,
 			"certificate that is due at once":  testDueAtOnce,
 			"names given up":                   testNamesGivenUp,
+			"fleet":                            testFleet,
+			"fleet, renewal":                   testFleetRenewal,
+			"fleet, CA that refuses":           testFleetWaits,
+			"fleet, answers for others":        testFleetAnswersForOthers,
 		} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
