@@ -373,7 +373,7 @@ func TestStorageNeedsNoRightToMakeTables(t *testing.T) {
 	if err := encrypted.Store(t.Context(), "c", []byte("1")); err != nil {
 		t.Errorf("over TLS: %v", err)
 	}
-	own := openStorage(t, PostgresConfig{URL: url + "&search_path=%22Guards+of+Contoso%22,public", Key: fleetKey()})
+	own := openStorage(t, PostgresConfig{URL: url + "&search_path=%22Guards%20of%20Contoso%22,public", Key: fleetKey()})
 	if err := own.Store(t.Context(), "d", []byte("1")); err != nil {
 		t.Error(err)
 	}
