@@ -25,7 +25,8 @@ var allowed = map[string][]string{
 	"internal/config":     {"policy"},
 	"internal/emulator":   {},
 	"internal/watch":      {},
-	"internal/bench":      {"internal/emulator"},
+	"internal/pgtest":     {},
+	"internal/bench":      {"internal/emulator", "policy", "proxy", "telemetry/ledger", "telemetry/store", "telemetry/report"},
 	"cmd/partnerguard":    nil, // everything
 	"internal":            {},
 }
