@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"unicode/utf8"
 
-	"github.com/google/uuid"
 	"github.com/partnerguard/partnerguard/policy"
 	"golang.org/x/net/http/httpguts"
 )
@@ -168,13 +167,13 @@ func (g *Guard) readBearer(c *call) {
 }
 
 // identify makes sure that the call carries MS-RequestId and MS-CorrelationId:
-// the client's, untouched, else new ones. Microsoft lists its records by them.
+// the client's, untouched, else the call's own id. Microsoft lists its records by them.
 func (c *call) identify() {
 	id := func(name string) string {
 		if v := headerValue(c.in.Header, name); v != "" {
 			return printable(v, maxID)
 		}
-		v := uuid.NewString()
+		v := c.rec.Call.String()
 		c.in.Header[name] = []string{v}
 		return v
 	}

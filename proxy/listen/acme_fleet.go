@@ -48,10 +48,13 @@ func (a *ACME) takeTurn(ctx context.Context, s *site) *lease {
 	if err == nil {
 		if err = a.takeOver(ctx, s); err == nil {
 			a.update(func() { s.reached() })
-			if last, ok := a.lastAttempt(ctx, s.name); ok && time.Now().Before(last.Next) && last.Failures > s.failures {
+			if last, ok := a.lastAttempt(ctx, s.name); ok && last.Failures > s.failures {
 				a.update(func() {
 					s.failures, s.err = last.Failures, errors.New(last.Error)
 					s.due = last.Next
+					if most := time.Now().Add(a.cfg.pace.longest); s.due.After(most) { // its clock is ahead
+						s.due = most
+					}
 				})
 			}
 		}

@@ -104,6 +104,7 @@ func testFleet(t *testing.T, pebble func(*testing.T, pebbleConfig) *pebbleCA) {
 	fourth := fleet("")
 	fourth.manage(ca.name, "other."+ca.name)
 	fourth.event(ACMEFailed)
+	fourth.acme.Close()
 	if got := ca.requests.Load(); got != requests {
 		t.Errorf("with the database down %d requests went to the CA", got-requests)
 	}
@@ -111,8 +112,15 @@ func testFleet(t *testing.T, pebble func(*testing.T, pebbleConfig) *pebbleCA) {
 	// When it is back, lost even, the guards that have a copy store it again.
 	server.Restart(t)
 	server.Exec(t, storage.URL, "TRUNCATE partnerguard.acme")
-	fourth.event(ACMEShared)
-	if got := ca.handshake(t, fourth.serve("127.0.0.1:0"), ca.name); got.SerialNumber.Cmp(first.SerialNumber) != 0 {
+	stored := "SELECT key FROM partnerguard.acme WHERE key LIKE 'certificates/%'"
+	for deadline := time.Now().Add(20 * time.Second); len(server.Rows(t, storage.URL, stored)) == 0; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("no guard stores its certificate again")
+		}
+	}
+	fifth := fleet("")
+	fifth.manage(ca.name)
+	if got := ca.handshake(t, fifth.serve("127.0.0.1:0"), ca.name); got.SerialNumber.Cmp(first.SerialNumber) != 0 {
 		t.Errorf("after the database was lost %v is served, want %v", got.SerialNumber, first.SerialNumber)
 	}
 }

@@ -95,7 +95,7 @@ var (
 func OpenPostgres(cfg PostgresConfig) (*PostgresStorage, error) {
 	key, err := base64.StdEncoding.DecodeString(cfg.Key)
 	if err != nil || len(key) != 32 {
-		return nil, errors.New("the key of the ACME storage must be 32 bytes in base64")
+		return nil, errors.New("its key must be 32 bytes in base64, as from openssl rand -base64 32")
 	}
 	block, err := aes.NewCipher(key)
 	if err != nil {
@@ -107,7 +107,7 @@ func OpenPostgres(cfg PostgresConfig) (*PostgresStorage, error) {
 	}
 	pc, err := pgxpool.ParseConfig(cfg.URL)
 	if err != nil {
-		return nil, errors.New("the URL of the ACME storage is none that PostgreSQL's clients know") // what is wrong with it may be the password
+		return nil, errors.New("its database must be given as postgres://USER:PASSWORD@HOST/DATABASE") // what is wrong with it may be the password
 	}
 	pc.MaxConns, pc.MinConns = storageConnections, 0
 	pc.ConnConfig.ConnectTimeout = cmp.Or(pc.ConnConfig.ConnectTimeout, storageTimeout)
