@@ -2,6 +2,7 @@ package telemetry
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"strconv"
@@ -28,6 +29,9 @@ type instruments struct {
 	intruders  atomic.Int64 // wrong credentials on the admin listener
 	reloads    counters[reloadResult]
 
+	reconcileFailures atomic.Int64
+	reconciled        atomic.Pointer[Reconciled] // nil before the first success
+
 	// Tokens notices when tokens can no longer be verified.
 	Tokens TokenAlarm
 
@@ -44,6 +48,13 @@ type instruments struct {
 	certificate metric.Float64Gauge // listener, name
 
 	wrong atomic.Pointer[Place] // where the configuration on disk is; nil where it is in use
+}
+
+// Reconciled is what the last reconcile that succeeded came to.
+type Reconciled struct {
+	At       time.Time
+	Complete bool
+	Findings map[string]int // by kind: all kinds there are, with 0 for none
 }
 
 // reloadResult is how a reload ended.
@@ -139,6 +150,8 @@ func newInstruments(m metric.Meter, log *CallLog) (*instruments, error) {
 	observe("partnerguard.refused_connections", "Connections closed at once because the listener had as many as it takes.", one(in.refused.Load))
 	observe("partnerguard.admin.refused_credentials", "Requests to the admin listener with a wrong token.", one(in.intruders.Load))
 	observe("partnerguard.reloads", "Reloads of the configuration, by result.", in.reloads.all)
+	observe("partnerguard.reconcile.failures", "Runs of reconcile on schedule that failed.", one(in.reconcileFailures.Load))
+	must(in.observeReconciled(m))
 	if log != nil {
 		observe("partnerguard.log_dropped_lines", "Log lines dropped because the reader of the log was too slow.", one(log.Dropped))
 	}
@@ -208,6 +221,38 @@ func (in *instruments) Reloaded(result reloadResult, generation uint64, wrong *P
 	in.generation.Record(context.Background(), int64(generation))
 	in.wrong.Store(wrong)
 }
+
+// observeReconciled registers the gauges of the last reconcile, which are absent before
+// the first success.
+func (in *instruments) observeReconciled(m metric.Meter) error {
+	last, err := m.Float64ObservableGauge("partnerguard.reconcile.last_success.timestamp", metric.WithUnit("s"),
+		metric.WithDescription("When Microsoft's records were last held against ours, in seconds since 1970."))
+	complete, e := m.Int64ObservableGauge("partnerguard.reconcile.complete", metric.WithDescription("1 when Microsoft's records lacked nothing then, else 0."))
+	err = errors.Join(err, e)
+	findings, e := m.Int64ObservableGauge("partnerguard.reconcile.findings", metric.WithDescription("What reconcile found then, by kind."))
+	if err = errors.Join(err, e); err != nil {
+		return err
+	}
+	_, err = m.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		r := in.reconciled.Load()
+		if r == nil {
+			return nil
+		}
+		o.ObserveFloat64(last, float64(r.At.UnixMilli())/1000)
+		o.ObserveInt64(complete, oneIf(r.Complete))
+		for kind, n := range r.Findings {
+			o.ObserveInt64(findings, int64(n), metric.WithAttributes(attribute.String("kind", kind)))
+		}
+		return nil
+	}, last, complete, findings)
+	return err
+}
+
+// Reconciled says what the last reconcile came to. r is not modified any more.
+func (in *instruments) Reconciled(r *Reconciled) { in.reconciled.Store(r) }
+
+// ReconcileFailed counts a reconcile that failed.
+func (in *instruments) ReconcileFailed() { in.reconcileFailures.Add(1) }
 
 // CertificateDaysLeft says when the certificate that a listener has for name expires.
 func (in *instruments) CertificateDaysLeft(listener, name string, days float64) {

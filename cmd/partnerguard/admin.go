@@ -427,7 +427,7 @@ func verbose(r *http.Request) bool { return r.URL.Query().Has("verbose") }
 // nothing is wrong with a part whose text is empty.
 func (d *daemon) health() map[string]string {
 	g := d.live.Load()
-	parts := map[string]string{"ledger": "", "store": "", "keys": "", "config": "", "tokens": *d.tokens.Load(), "certificates": ""}
+	parts := map[string]string{"ledger": "", "store": "", "keys": "", "config": "", "tokens": *d.tokens.Load(), "certificates": "", "reconcile": d.schedule.problem(time.Now())}
 	if err := d.reloadErr.Load(); err != nil && *err != nil {
 		parts["config"] = "the file on disk is not in use: " + strings.ReplaceAll((*err).Error(), "\n", "; ")
 	}

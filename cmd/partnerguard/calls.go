@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/telemetry/report"
 	"github.com/partnerguard/partnerguard/telemetry/store"
 	"github.com/spf13/cobra"
@@ -24,11 +25,14 @@ owner, the cause and the fix. --format json writes one object a line.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return calls(c, e) },
 	}
+	configFlag(c)
 	dataFlag(c)
+	storeFlag(c)
 	formatFlag(c, callFormats...)
 	f := c.Flags()
 	f.String("since", "24h", "how far to look back: 30d, 12h, or a time (RFC 3339)")
 	f.String("until", "", "up to when: so long ago, or a time")
+	f.String("guard", "", "name of the guard (its instance), in a fleet")
 	f.String("integration", "", "name of the integration")
 	f.String("user", "", "user principal name, object id or user_ref")
 	f.String("app", "", "application id")
@@ -57,7 +61,17 @@ func calls(c *cobra.Command, e environment) error {
 		return err
 	}
 	follow, _ := c.Flags().GetBool("follow")
-	r, err := openStore(dir)
+	var cfg *config.Config
+	if file, _ := c.Flags().GetString("config"); file != "" {
+		if cfg, err = configuration(c); err != nil {
+			return err
+		}
+	}
+	place, err := storeAt(c, e, dir, cfg)
+	if err != nil {
+		return err
+	}
+	r, err := openStore(c.Context(), place)
 	if err != nil {
 		return err
 	}
@@ -95,9 +109,7 @@ func calls(c *cobra.Command, e environment) error {
 			since, _ := c.Flags().GetString("since")
 			fmt.Fprintf(e.err, "partnerguard: no call since %s matches; see --since\n", since)
 		}
-		if lag, err := r.Lag(ctx); err == nil && lag > 5*time.Second {
-			fmt.Fprintf(e.err, "partnerguard: the store lies %s behind the ledger; is the guard running?\n", lag.Round(time.Second))
-		}
+		tellLag(ctx, e.err, r)
 		return nil
 	}
 	filter.Limit = 0
@@ -124,7 +136,7 @@ func callFilter(c *cobra.Command) (store.Filter, error) {
 		return s
 	}
 	f := store.Filter{
-		Integration: text("integration"), User: text("user"), App: text("app"), Customer: text("customer"),
+		Instance: text("guard"), Integration: text("integration"), User: text("user"), App: text("app"), Customer: text("customer"),
 		Status: text("status"), Reason: text("reason"), Call: text("call"),
 		RequestID: text("request-id"), CorrelationID: text("correlation-id"),
 	}

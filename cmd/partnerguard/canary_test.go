@@ -405,6 +405,71 @@ func TestCanary(t *testing.T) {
 	}
 }
 
+// The token with which a guard asks for Microsoft's records is in none of its outputs,
+// wherever it comes from and whatever goes wrong with it.
+func TestCanaryInScheduledReconcile(t *testing.T) {
+	em := startEmulator(t, emulator.Config{})
+	spill := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { // a gateway that repeats what it refuses
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprintf(w, `{"code":"1","description":"no access with %s"}`, r.Header.Get("Authorization"))
+	}))
+	t.Cleanup(spill.Close)
+	for _, tt := range []struct {
+		name, source, says string
+		expired            bool
+		upstream           string // instead of the emulator's
+	}{
+		{"from a file", "token: file:token", `"msg":"reconciled"`, false, ""},
+		{"from the environment", "token: env:CANARY_TOKEN", `"msg":"reconciled"`, false, ""},
+		{"from a command that has it among its arguments", "token_command: [echo, TOKEN]", `"msg":"reconciled"`, false, ""},
+		{"that is expired", "token: file:token", `"msg":"reconcile failed"`, true, ""},
+		{"of a command that fails and talks", "token_command: [sh, -c, 'cat %s >&2; exit 3']", `"msg":"reconcile failed"`, false, ""},
+		{"of a command that prints more", "token_command: [sh, -c, 'cat %s; echo and more']", `"msg":"reconcile failed"`, false, ""},
+		{"of a command that is not there", "token_command: [/nowhere/get-token, TOKEN]", `"msg":"reconcile failed"`, false, ""},
+		{"that a gateway repeats", "token: file:token", `"msg":"reconcile failed"`, false, spill.URL},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			otlp := startCollector(t)
+			c := &canaries{t, map[string]string{}}
+			token := sampleToken(t, em, emulator.AppCompliant)
+			if tt.expired {
+				token = em.Mint(emulator.TokenSpec{IssuedAt: time.Now().Add(-4 * time.Hour)})
+			}
+			c.token("token of reconcile", token)
+			dir, work := t.TempDir(), t.TempDir()
+			file := filepath.Join(work, "guard.yaml")
+			source := strings.ReplaceAll(strings.ReplaceAll(tt.source, "%s", filepath.Join(work, "token")), "TOKEN]", token+"]")
+			yaml := guardYAML(em, "audit") + reconcileYAML(source) + "\n"
+			if tt.upstream != "" {
+				yaml = strings.Replace(yaml, fmt.Sprintf("{url: %q", upstreamURL(em)), fmt.Sprintf("{url: %q", tt.upstream), 1)
+			}
+			for path, text := range map[string]string{file: yaml, filepath.Join(work, "token"): token} {
+				if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			g := startGuardFile(t, dir, file, append(otlp.environment(), "CANARY_TOKEN="+token)...)
+			g.awaitText(tt.says)
+			for _, path := range []string{"/metrics", "/readyz?verbose", "/"} {
+				_, body := get(t, g.admin+path, "")
+				c.search(path, body)
+			}
+			otlp.await(t, "metric", func(_, metrics []byte) bool { return bytes.Contains(metrics, []byte("partnerguard.reconcile")) })
+			g.stop()
+			c.search("the log", []byte(g.text()))
+			c.searchTree("the data directory", dir)
+			otlp.mu.Lock()
+			defer otlp.mu.Unlock()
+			c.search("OTLP on the wire", otlp.raw)
+			stdout, stderr, _ := partnerguard(t, "report", "--data-dir", dir, "--format", "html")
+			c.search("the report", []byte(stdout+stderr))
+			stdout, stderr, _ = partnerguard(t, "check", "-c", file)
+			c.search("check", []byte(stdout+stderr))
+		})
+	}
+}
+
 // explain shows what is in a token, but neither the token nor its signature.
 func TestCanaryInExplain(t *testing.T) {
 	em := startEmulator(t, emulator.Config{})

@@ -52,7 +52,11 @@ health check.`,
 			if err := checkLoads(cfg, e.env); err != nil {
 				return err
 			}
-			explainConfig(e.out, cfg, p, time.Now())
+			where, err := storePlace{postgres: cfg.Store.Postgres, env: e.env}.describe()
+			if err != nil {
+				return err
+			}
+			explainConfig(e.out, cfg, p, where, time.Now())
 			return nil
 		},
 	}
@@ -77,10 +81,20 @@ func checkLoads(cfg *config.Config, env func(string) string) error {
 	if _, err := loadAdmin(cfg.Admin, env); err != nil {
 		return usage(err, "serve would not start")
 	}
+	if _, err := signingKey(cfg.Ledger); err != nil {
+		return usage(err, "serve would not start")
+	}
 	if eab := cfg.ACME.EAB; eab != nil {
 		if _, err := eab.MACKey.Read(env); err != nil {
 			return usage(fmt.Errorf("acme.eab.mac_key: %w", err), "serve would not start")
 		}
+	}
+	if cfg.ACME.Storage == config.StoragePostgres {
+		storage, err := certificateStorage(cfg, cfg.Instance, env)
+		if err != nil {
+			return usage(err, "serve would not start")
+		}
+		storage.Close()
 	}
 	return nil
 }
@@ -176,8 +190,8 @@ func dialable(address string) string {
 	return address
 }
 
-// explainConfig says in words what cfg does.
-func explainConfig(w io.Writer, cfg *config.Config, p *policy.Policy, now time.Time) {
+// explainConfig says in words what cfg does. store says where the store is.
+func explainConfig(w io.Writer, cfg *config.Config, p *policy.Policy, store string, now time.Time) {
 	fmt.Fprintln(w, "The configuration is valid.")
 	fmt.Fprintln(w, "\nListeners")
 	for _, l := range cfg.Listeners {
@@ -188,7 +202,11 @@ func explainConfig(w io.Writer, cfg *config.Config, p *policy.Policy, now time.T
 			notes = append(notes, "any integration")
 		}
 		if l.TLS != nil && len(l.TLS.ACME) > 0 {
-			notes = append(notes, "certificates by ACME for "+strings.Join(l.TLS.ACME, ", "))
+			note := "certificates by ACME for " + strings.Join(l.TLS.ACME, ", ")
+			if cfg.ACME.Storage == config.StoragePostgres {
+				note += ", shared by the fleet"
+			}
+			notes = append(notes, note)
 		}
 		if l.ClientCA != "" {
 			notes = append(notes, "client certificate required")
@@ -240,6 +258,15 @@ func explainConfig(w io.Writer, cfg *config.Config, p *policy.Policy, now time.T
 	for i, r := range cfg.Rules {
 		fmt.Fprintf(w, "  %d. %s: %s%s\n", i+1, r.Name, r.Mode, ruleScope(r, now))
 	}
+	explainLedger(w, &cfg.Ledger)
+	fmt.Fprintf(w, "\nStore\n  %s\n", store)
+	if r := cfg.Reconcile; r.Every > 0 {
+		from := string(r.Token)
+		if from == "" {
+			from = "the command " + r.TokenCommand.String()
+		}
+		fmt.Fprintf(w, "\nMicrosoft's records\n  asked for every %s with the token of %s, and held against the guard's\n", r.Every, from)
+	}
 	fmt.Fprintln(w, "\nRisks")
 	risks := cfg.Risks(now)
 	if len(risks) == 0 {
@@ -248,6 +275,33 @@ func explainConfig(w io.Writer, cfg *config.Config, p *policy.Policy, now time.T
 	for _, r := range risks {
 		fmt.Fprintf(w, "  - %s\n", r)
 	}
+}
+
+// explainLedger says what becomes of the records.
+func explainLedger(w io.Writer, l *config.Ledger) {
+	fmt.Fprintf(w, "\nLedger\n  records are kept for %s", inDays(l.Retention))
+	if l.MaxBytes > 0 {
+		fmt.Fprintf(w, ", the oldest shorter if they take more than %d MiB", l.MaxBytes>>20)
+	}
+	if l.Compress {
+		fmt.Fprint(w, "; files that are done are compressed")
+	}
+	fmt.Fprintln(w)
+	for _, tenant := range slices.Sorted(maps.Keys(l.Tenants)) {
+		fmt.Fprintf(w, "  those of tenant %s for %s\n", tenant, inDays(l.Tenants[tenant]))
+	}
+	key := l.Key
+	if key == "" {
+		key = "ledger.key in the data directory"
+	}
+	fmt.Fprintf(w, "  checkpoints are signed with %s\n", key)
+}
+
+func inDays(d time.Duration) string {
+	if days := d / (24 * time.Hour); d == days*24*time.Hour {
+		return fmt.Sprintf("%d days", days)
+	}
+	return d.String()
 }
 
 func meaning(m policy.Mode) string {

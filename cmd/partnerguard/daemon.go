@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -35,12 +37,14 @@ type daemon struct {
 	ledger   *ledger.Ledger
 	store    *store.Store
 	tel      *telemetry.Telemetry
-	acme     *listen.ACME // nil until a listener asks for it
+	acme     *listen.ACME            // nil until a listener asks for it
+	fleet    *listen.PostgresStorage // of acme; nil where the guard keeps its certificates itself
 	guard    *proxy.Guard
 	servers  []*listen.Server // in the order of the configuration that was started
 	admin    *admin
 	adminAt  net.Listener
 
+	schedule   *schedule      // of reconcile
 	watcher    *watch.Watcher // nil without a configuration file
 	live       atomic.Pointer[generation]
 	reloadErr  atomic.Pointer[error] // of the last reload, nil inside when it went well
@@ -71,7 +75,7 @@ type daemonConfig struct {
 // start brings everything up in the order in which it depends on each other and
 // opens the listeners last. On an error nothing is left running.
 func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
-	d := &daemon{load: dc.load, file: dc.file, dir: dc.dir, env: dc.env, log: dc.log.Slog()}
+	d := &daemon{load: dc.load, file: dc.file, dir: dc.dir, env: dc.env, log: dc.log.Slog(), schedule: newSchedule()}
 	d.tokens.Store(new(string))
 	d.ctx, d.stop = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -85,8 +89,10 @@ func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
 		return nil, err
 	}
 	d.watch(cfg)
-	if d.instance, err = os.Hostname(); err != nil || d.instance == "" {
-		d.instance = "partnerguard"
+	if d.instance = cfg.Instance; d.instance == "" {
+		if d.instance, err = os.Hostname(); err != nil || d.instance == "" {
+			d.instance = "partnerguard"
+		}
 	}
 
 	// The ledger first: it takes the lock of the data directory.
@@ -98,13 +104,18 @@ func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
 	}); err != nil {
 		return nil, err
 	}
+	url, err := storePlace{postgres: cfg.Store.Postgres, env: dc.env}.url()
+	if err != nil {
+		return nil, err
+	}
 	if d.store, err = store.Open(store.Config{
-		Dir: dc.dir, Retention: cfg.Ledger.Retention,
+		Dir: dc.dir, Retention: cfg.Ledger.Retention, TenantRetention: cfg.Ledger.TenantRetention(),
+		Postgres: url, Instance: d.instance, Version: version(), Pseudonymous: cfg.Ledger.Identities == config.PseudonymousIdentities,
 		Event: func(e store.Event) {
 			d.event("store", e.Kind != store.Recovered, string(e.Kind), e.Err, "file", e.Path)
 		},
 	}); err != nil {
-		return nil, failed(err, "the store can be rebuilt from the ledger: partnerguard ledger rebuild")
+		return nil, failed(err, cmp.Or(hintIn(err), "the store can be rebuilt from the ledger: partnerguard ledger rebuild"))
 	}
 	first, err := d.prepare(cfg, nil)
 	if err != nil {
@@ -130,21 +141,43 @@ func (d *daemon) openLedger(l config.Ledger) error {
 	if err := os.MkdirAll(d.dir, 0o700); err != nil {
 		return failed(fmt.Errorf("create data directory: %w", err), "the service user needs write access to the data directory; see --data-dir")
 	}
-	var err error
+	key, err := signingKey(l)
+	if err != nil {
+		return err
+	}
 	d.ledger, err = ledger.Open(ledger.Config{
-		Dir: d.dir, Instance: d.instance, Retention: l.Retention,
+		Dir: d.dir, Instance: d.instance, Key: key,
+		Retention: l.Retention, TenantRetention: l.TenantRetention(), MaxBytes: int64(l.MaxBytes), Compress: l.Compress,
 		SyncEvery: time.Duration(l.FSync), SyncAlways: l.FSync == config.FSyncAlways, MinFree: minFree(l.MinFree),
+		Pseudonymous: l.Identities == config.PseudonymousIdentities,
 		Event: func(e ledger.Event) {
-			d.event("ledger", e.Kind != ledger.EventRecovered, string(e.Kind), e.Err, "segment", e.Segment, "calls", e.Gap.Calls)
+			d.event("ledger", e.Kind != ledger.EventRecovered, string(e.Kind), e.Err, "segment", e.Segment, "calls", e.Gap.Calls, "outcomes", e.Gap.Outcomes)
 		},
 	})
 	switch {
 	case errors.Is(err, ledger.ErrLocked):
 		return failed(err, "another partnerguard writes here; stop it, or give this one its own --data-dir")
 	case err != nil:
-		return failed(err, "the service user needs write access to the data directory; see --data-dir")
+		return failed(err, ledgerHint(err, "the service user needs write access to the data directory; see --data-dir"))
+	}
+	if l.Identities == config.PseudonymousIdentities {
+		if known, err := ledger.Identities(d.dir); err == nil && len(known) > 0 {
+			d.log.Warn("names of users from before are still kept", "file", "identities.jsonl", "users", len(known), "hint", "partnerguard ledger forget --all")
+		}
 	}
 	return nil
+}
+
+// signingKey is the key that l names for checkpoints, nil for the ledger's own.
+func signingKey(l config.Ledger) (ed25519.PrivateKey, error) {
+	if l.Key == "" {
+		return nil, nil
+	}
+	key, err := ledger.LoadKey(l.Key)
+	if err != nil {
+		return nil, failed(err, "ledger.key names it; without that, the guard makes one in its data directory")
+	}
+	return key, nil
 }
 
 // openListeners opens the sockets, or takes those that systemd opened.
@@ -227,6 +260,7 @@ func (d *daemon) run() {
 	})
 	d.background.Go(d.watchHealth)
 	d.background.Go(d.followConfiguration)
+	d.background.Go(d.followSchedule)
 	// The sockets are bound by now: challenges of the CA find them.
 	d.manageCertificates(d.live.Load())
 	for _, s := range d.servers {
@@ -365,6 +399,9 @@ func (d *daemon) close(ctx context.Context) error {
 	}
 	if d.acme != nil {
 		d.acme.Close()
+	}
+	if d.fleet != nil {
+		d.fleet.Close()
 	}
 	d.stop()
 	if d.watcher != nil {

@@ -105,7 +105,7 @@ func demo(c *cobra.Command, e environment) error {
 		return err
 	}
 	fmt.Fprintf(e.out, "\nThis is what partnerguard report says of them:\n\n")
-	return printReport(context.Background(), e.out, reportOptions{dir: dir, by: "integration", format: "table", width: width(e.out)})
+	return printReport(context.Background(), e.out, reportOptions{store: storePlace{dir: dir}, by: "integration", format: "table", width: width(e.out)})
 }
 
 // sample is one sample integration: a client that fetches its token as such a

@@ -87,6 +87,12 @@ func (s *scene) invariants(calls []sighting, loaded resources, may leave) {
 	t := s.t
 	t.Helper()
 	s.settled(loaded)
+	s.counted = 0
+	for series, n := range metrics(t, s.guardProcess) {
+		if strings.HasPrefix(series, "partnerguard_unrecorded_calls_total{") {
+			s.counted += int(n)
+		}
+	}
 	for _, path := range []string{"/metrics", "/readyz?verbose"} {
 		_, body := get(t, s.admin+path, "")
 		s.secrets.search(path, body)
@@ -113,8 +119,11 @@ type recorded struct {
 	Status        int
 	Replays       int
 	Unrecorded    string
+	Reason, Mode  string
 	Calls         uint64 // of a gap
 	Outcomes      uint64
+	Since, Until  time.Time // of a gap
+	Time          time.Time // of a decision
 	Method, Level string
 }
 
@@ -150,8 +159,15 @@ func (s *scene) account(calls []sighting, may leave) {
 	for _, r := range s.entries() {
 		switch r.Type {
 		case ledger.TypeGap:
-			gap.Calls += r.Calls
-			gap.Outcomes += r.Outcomes
+			if gap.Calls += r.Calls; gap.Outcomes == 0 || r.Since.Before(gap.Since) {
+				gap.Since = r.Since
+			}
+			if gap.Outcomes += r.Outcomes; r.Until.After(gap.Until) {
+				gap.Until = r.Until
+			}
+			if r.Since.IsZero() || r.Until.Before(r.Since) {
+				t.Errorf("a gap from %v to %v", r.Since, r.Until)
+			}
 		case ledger.TypeDecision:
 			if _, twice := decisions[r.Call]; twice {
 				t.Errorf("call %s is decided twice", r.Call)
@@ -226,6 +242,19 @@ func (s *scene) account(calls []sighting, may leave) {
 		len(known), len(decisions), missing, unrecorded, gap.Calls, gap.Outcomes)
 	if gap.Calls != missing && !may.unclosed {
 		t.Errorf("the ledger lacks %d calls, its gaps count %d", missing, gap.Calls)
+	}
+	if s.counted >= 0 && s.counted != unrecorded && !may.deaf {
+		t.Errorf("the metric counts %d unrecorded calls, the log has %d", s.counted, unrecorded)
+	}
+	// A call is missed just after it began, and once more when it ends.
+	for id := range known {
+		l, inLog := logged[id]
+		if _, decided := decisions[id]; decided || !inLog || may.unclosed {
+			continue
+		}
+		if at := l.Time; at.Before(gap.Since.Add(-20*time.Second)) || at.After(gap.Until) || l.Reason == "" || l.Mode == "" || l.Status == 0 {
+			t.Errorf("the ledger lacks call %s, begun %v; its gaps reach from %v to %v, and the log says of it %+v", id, at, gap.Since, gap.Until, l)
+		}
 	}
 	if missing > 0 && !may.gaps {
 		t.Errorf("the ledger lacks %d calls", missing)

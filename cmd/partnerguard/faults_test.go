@@ -71,6 +71,7 @@ type scene struct {
 	secrets *canaries
 	tokens  []loadToken
 	rest    resources // of the guard before its first call
+	counted int       // unrecorded calls, by the metric; -1 when nobody looked
 }
 
 // loadToken is a token of the load, and what a sound guard in enforce mode makes of it.
@@ -97,7 +98,7 @@ func (s *sideBySide) wait() { s.tests.Wait() }
 func play(t *testing.T, em *emulator.Emulator, st stage) *scene {
 	t.Helper()
 	dir := cmp.Or(st.dir, filepath.Join(t.TempDir(), "data"))
-	s := &scene{guardProcess: startStage(t, em, dir, st), em: em, secrets: &canaries{t, map[string]string{}}}
+	s := &scene{guardProcess: startStage(t, em, dir, st), em: em, secrets: &canaries{t, map[string]string{}}, counted: -1}
 	for _, b := range []struct {
 		reason string
 		spec   emulator.TokenSpec

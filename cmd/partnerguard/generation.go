@@ -128,7 +128,7 @@ func (d *daemon) prepareTLS(g *generation) error {
 		tc := listen.TLSConfig{Certificate: l.TLS.Certificate, Key: l.TLS.Key, ClientCA: l.ClientCA, ClientCRL: l.ClientCRL}
 		if len(l.TLS.ACME) > 0 {
 			if d.acme == nil {
-				acme, err := d.openACME(g.cfg.ACME)
+				acme, err := d.openACME(g.cfg)
 				if err != nil {
 					return err
 				}
@@ -313,7 +313,8 @@ func hashFiles(names []string) (map[string][sha256.Size]byte, error) {
 }
 
 // openACME makes the client of the certificate authority.
-func (d *daemon) openACME(cfg config.ACME) (*listen.ACME, error) {
+func (d *daemon) openACME(all *config.Config) (*listen.ACME, error) {
+	cfg := all.ACME
 	ac := listen.ACMEConfig{
 		Dir: d.dir + "/acme", Directory: cfg.Directory, Email: cfg.Email,
 		HTTP01: slices.Contains(cfg.Challenges, config.HTTP01), HTTPPort: cfg.HTTPPort,
@@ -339,11 +340,35 @@ func (d *daemon) openACME(cfg config.ACME) (*listen.ACME, error) {
 		}
 		ac.EABKeyID, ac.EABMACKey = cfg.EAB.KeyID, key
 	}
+	if cfg.Storage == config.StoragePostgres {
+		storage, err := certificateStorage(all, d.instance, d.env)
+		if err != nil {
+			return nil, err
+		}
+		d.fleet, ac.Fleet = storage, storage
+	}
 	acme, err := listen.NewACME(ac)
 	if err != nil {
 		return nil, fmt.Errorf("set up ACME: %w", err)
 	}
 	return acme, nil
+}
+
+// certificateStorage is the storage of the fleet's certificates, not yet connected.
+func certificateStorage(cfg *config.Config, instance string, env func(string) string) (*listen.PostgresStorage, error) {
+	url, err := cfg.Store.Postgres.Read(env)
+	if err != nil {
+		return nil, fmt.Errorf("store.postgres: %w", err)
+	}
+	key, err := cfg.ACME.StorageKey.Read(env)
+	if err != nil {
+		return nil, fmt.Errorf("acme.storage_key: %w", err)
+	}
+	s, err := listen.OpenPostgres(listen.PostgresConfig{URL: url, Key: key, Instance: instance})
+	if err != nil {
+		return nil, fmt.Errorf("acme.storage: %w", err)
+	}
+	return s, nil
 }
 
 // minFree turns the file's 0, which checks nothing, into the ledger's word for it.

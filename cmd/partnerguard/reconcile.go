@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
 	"regexp"
@@ -45,9 +46,10 @@ the configuration. This needs an app+user token with MFA: from --token-file, fro
 --token-command (asked again when the token is refused), or in PARTNERGUARD_TOKEN.
 Without network, --from reads answers that were saved.
 
-A guard may be running meanwhile. Calls through another guard, with a data directory of
-its own, count as direct here. The result is kept in the data directory. The exit code
-is 3 when there are findings.`,
+A guard may be running meanwhile, and can do the same by itself on a schedule (reconcile
+in the configuration). Calls through another guard, with a data directory of its own,
+count as direct here. The result is kept in the data directory, and partnerguard report
+shows it beside the guard's own records. The exit code is 3 when there are findings.`,
 		Example: `  partnerguard reconcile --token-command 'az account get-access-token --resource https://api.partnercenter.microsoft.com'
   partnerguard reconcile -c guard.yaml --token-file token.txt --format json
   partnerguard reconcile --from downloads/`,
@@ -56,6 +58,7 @@ is 3 when there are findings.`,
 	}
 	configFlag(c)
 	dataFlag(c)
+	storeFlag(c)
 	formatFlag(c, reconcileFormats...)
 	f := c.Flags()
 	f.String("from", "", "`FILE` or directory with Microsoft's answers, saved as JSON")
@@ -97,37 +100,32 @@ func runReconcile(c *cobra.Command, e environment) error {
 	if err != nil || delay < 0 {
 		return usage(fmt.Errorf("--delay %q is no duration", text("delay")), "write 30m or 2h")
 	}
-	if rc.Delay = delay; delay == 0 {
-		rc.Delay = -1 // which is none
-	}
-	for _, in := range cfg.Integrations {
-		rc.Integrations = append(rc.Integrations, report.Integration{Name: in.Name, Owner: in.Owner})
-	}
+	rc.Delay = noDelay(delay)
+	rc.Integrations = integrationsOf(cfg)
 	if rc.From == "" {
 		if rc.Token, err = tokenSource(text("token-file"), text("token-command"), e.env); err != nil {
 			return err
 		}
-		upstream, err := reconcileUpstream(cfg)
+		upstream, err := reconcileUpstream(cfg, nil)
 		if err != nil {
 			return err
 		}
 		defer upstream.Close()
 		rc.URL, rc.Transport = cfg.Upstreams[config.PartnerCenter].URL, upstream
 	}
-	if rc.Store, err = openStore(dir); err != nil {
+	place, err := storeAt(c, e, dir, cfg)
+	if err != nil {
+		return err
+	}
+	if rc.Store, err = openStore(c.Context(), place); err != nil {
 		return err
 	}
 	defer rc.Store.Close()
 	result, err := reconcile.Run(c.Context(), rc)
 	if err != nil {
-		var h interface{ Hint() string }
-		hint := ""
-		if errors.As(err, &h) {
-			hint = h.Hint()
-		}
 		var f *failure
 		if !errors.As(err, &f) {
-			err = failed(err, hint)
+			err = failed(err, hintOf(err))
 		}
 	}
 	if result == nil {
@@ -146,8 +144,9 @@ func runReconcile(c *cobra.Command, e environment) error {
 }
 
 // reconcileUpstream is the way to Microsoft that the guard takes, too: the same dial,
-// CAs, forward proxy and time limits.
-func reconcileUpstream(cfg *config.Config) (*proxy.Upstream, error) {
+// CAs, forward proxy and time limits. It has a breaker and connections of its own, and
+// refuses to lead to the addresses of own.
+func reconcileUpstream(cfg *config.Config, own func() []netip.AddrPort) (*proxy.Upstream, error) {
 	u, t := cfg.Upstreams[config.PartnerCenter], cfg.Timeouts
 	roots, err := rootsWith(u.CA)
 	if err != nil {
@@ -155,7 +154,7 @@ func reconcileUpstream(cfg *config.Config) (*proxy.Upstream, error) {
 	}
 	return proxy.NewUpstream(proxy.UpstreamConfig{
 		Name: config.PartnerCenter, URL: u.URL, Audiences: u.Audiences, Dial: u.Dial, RootCAs: roots, HTTP2: u.HTTP2,
-		DialTimeout: t.Dial, TLSTimeout: t.TLS, ResponseHeader: t.ResponseHeader, Idle: t.Idle,
+		DialTimeout: t.Dial, TLSTimeout: t.TLS, ResponseHeader: t.ResponseHeader, Idle: t.Idle, OwnAddresses: own,
 	})
 }
 
@@ -183,7 +182,11 @@ func tokenSource(file, command string, env func(string) string) (func(context.Co
 			return tokenIn(b, file)
 		}, nil
 	case command != "":
-		return func(ctx context.Context) (string, error) { return runTokenCommand(ctx, command) }, nil
+		shell, flag := "/bin/sh", "-c"
+		if runtime.GOOS == "windows" {
+			shell, flag = "cmd.exe", "/C"
+		}
+		return func(ctx context.Context) (string, error) { return runTokenCommand(ctx, shell, flag, command) }, nil
 	case env("PARTNERGUARD_TOKEN") != "":
 		return func(context.Context) (string, error) {
 			return tokenIn([]byte(env("PARTNERGUARD_TOKEN")), "PARTNERGUARD_TOKEN")
@@ -225,16 +228,12 @@ func tokenIn(text []byte, where string) (string, error) {
 // tokenCommandTime bounds a token command: it may ask somebody to sign in.
 const tokenCommandTime = 5 * time.Minute
 
-// runTokenCommand runs command by the shell. What it prints is never shown: it is the
-// token, or may hold a part of it.
-func runTokenCommand(ctx context.Context, command string) (string, error) {
+// runTokenCommand runs a program. What it prints is never shown: it is the token, or may
+// hold a part of it.
+func runTokenCommand(ctx context.Context, program string, arguments ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, tokenCommandTime)
 	defer cancel()
-	shell, flag := "/bin/sh", "-c"
-	if runtime.GOOS == "windows" {
-		shell, flag = "cmd.exe", "/C"
-	}
-	cmd := exec.CommandContext(ctx, shell, flag, command)
+	cmd := exec.CommandContext(ctx, program, arguments...)
 	out, errs := &boundedBuffer{}, &boundedBuffer{}
 	cmd.Stdout, cmd.Stderr = out, errs
 	cmd.WaitDelay = 5 * time.Second // for what it left running

@@ -105,6 +105,7 @@ func (d *daemon) reload(why string) {
 	d.live.Store(next)
 	d.watch(next.cfg)
 	d.manageCertificates(next)
+	d.schedule.wake()
 	d.background.Go(func() {
 		select {
 		case <-ended:

@@ -2,20 +2,19 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"time"
 
 	"github.com/partnerguard/partnerguard/internal/config"
+	"github.com/partnerguard/partnerguard/telemetry/reconcile"
 	"github.com/partnerguard/partnerguard/telemetry/report"
-	"github.com/partnerguard/partnerguard/telemetry/store"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 )
 
-var reportFormats = []string{"table", "json", "csv"}
+var reportFormats = []string{"table", "json", "csv", "html"}
 
 func newReport(e environment) *cobra.Command {
 	c := &cobra.Command{
@@ -29,10 +28,16 @@ func newReport(e environment) *cobra.Command {
   ready       else
 
 A guard may be running meanwhile. With -c, integrations of the configuration that made
-no calls are listed, too.`,
+no calls are listed, too.
+
+Where partnerguard reconcile or signins left a result in the data directory, Microsoft's
+view stands beside ours: its verdicts, who goes round the guard, and causes that a
+sign-in proves. It says how old that is and what it lacks. Verdicts and --fail-on go by
+the guard's own records.`,
 		Example: `  partnerguard report --since 7d
   partnerguard report --by user
-  partnerguard report --format json --fail-on not-ready`,
+  partnerguard report --format json --fail-on not-ready
+  partnerguard report --since 30d --format html > report.html`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			dir, err := directory(c, e)
@@ -40,7 +45,7 @@ no calls are listed, too.`,
 				return err
 			}
 			f := c.Flags()
-			o := reportOptions{dir: dir, width: width(e.out)}
+			o := reportOptions{width: width(e.out), microsoft: reconcile.View(dir)}
 			since, _ := f.GetString("since")
 			if o.since, err = lookBack(since); err != nil {
 				return err
@@ -50,20 +55,22 @@ no calls are listed, too.`,
 			if o.format, err = format(c, reportFormats...); err != nil {
 				return err
 			}
+			var cfg *config.Config
 			if file, _ := f.GetString("config"); file != "" {
-				cfg, err := configuration(c)
-				if err != nil {
+				if cfg, err = configuration(c); err != nil {
 					return err
 				}
-				for _, in := range cfg.Integrations {
-					o.integrations = append(o.integrations, report.Integration{Name: in.Name, Owner: in.Owner})
-				}
+				o.integrations = integrationsOf(cfg)
+			}
+			if o.store, err = storeAt(c, e, dir, cfg); err != nil {
+				return err
 			}
 			return printReport(c.Context(), e.out, o)
 		},
 	}
 	configFlag(c)
 	dataFlag(c)
+	storeFlag(c)
 	formatFlag(c, reportFormats...)
 	c.Flags().String("since", "7d", "how far to look back: 30d, 12h, or a time (RFC 3339)")
 	c.Flags().String("by", "integration", "integration, user, app, customer or route")
@@ -73,15 +80,25 @@ no calls are listed, too.`,
 	return c
 }
 
+// integrationsOf are the integrations of cfg as reports need them.
+func integrationsOf(cfg *config.Config) []report.Integration {
+	var all []report.Integration
+	for _, in := range cfg.Integrations {
+		all = append(all, report.Integration{Name: in.Name, Owner: in.Owner, Apps: in.Match.AppID})
+	}
+	return all
+}
+
 // reportOptions are the flags of report.
 type reportOptions struct {
-	dir          string
+	store        storePlace
 	since        time.Time
 	by           string
 	format       string
 	failOn       string
 	width        int
 	integrations []report.Integration
+	microsoft    *report.Microsoft
 }
 
 func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
@@ -94,7 +111,7 @@ func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
 	default:
 		return usage(fmt.Errorf("--fail-on %q is not known", o.failOn), "write not-ready or breaking")
 	}
-	r, err := openStore(o.dir)
+	r, err := openStore(ctx, o.store)
 	if err != nil {
 		return err
 	}
@@ -103,7 +120,7 @@ func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
 	if err != nil {
 		return err
 	}
-	rep, err := report.Build(ctx, r, identities, report.Options{Since: o.since, By: by, Now: time.Now(), Integrations: o.integrations})
+	rep, err := report.Build(ctx, r, identities, report.Options{Since: o.since, By: by, Now: time.Now(), Integrations: o.integrations, Microsoft: o.microsoft})
 	if err != nil {
 		return err
 	}
@@ -112,6 +129,8 @@ func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
 		err = report.WriteJSON(w, rep)
 	case "csv":
 		err = report.WriteCSV(w, rep)
+	case "html":
+		err = report.WriteHTML(w, rep)
 	default:
 		err = report.WriteTable(w, rep, report.Style{Width: o.width, Color: o.width > 0})
 	}
@@ -122,20 +141,6 @@ func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
 		return errFindings
 	}
 	return nil
-}
-
-// openStore opens the store of a data directory for reading.
-func openStore(dir string) (store.Reader, error) {
-	r, err := store.OpenReader(dir)
-	if err == nil {
-		return r, nil
-	}
-	hint := "see --data-dir"
-	var h interface{ Hint() string }
-	if errors.As(err, &h) {
-		hint = h.Hint()
-	}
-	return nil, failed(err, hint)
 }
 
 // lookBack is a point in the past: so long ago, or a time.

@@ -54,8 +54,8 @@ func TestScripts(t *testing.T) {
 				write("guard.yaml", strings.Replace(audit, "mode: audit", "mode: enforce", 1)),
 				write("admin.yaml", "version: 1\nadmin: {address: \""+admin+"\"}\n"),
 				writeTokens(em, filepath.Join(env.WorkDir, "tokens")),
-				os.CopyFS(filepath.Join(env.WorkDir, "data"), os.DirFS(samples)),
-				os.CopyFS(filepath.Join(env.WorkDir, "ready"), os.DirFS(ready)),
+				copyData(filepath.Join(env.WorkDir, "data"), samples),
+				copyData(filepath.Join(env.WorkDir, "ready"), ready),
 			)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -65,6 +65,11 @@ func TestScripts(t *testing.T) {
 			"await":  scriptAwait,
 		},
 	})
+}
+
+// copyData copies a data directory. os.CopyFS opens files to all, which a key may not be.
+func copyData(to, from string) error {
+	return errors.Join(os.CopyFS(to, os.DirFS(from)), os.Chmod(filepath.Join(to, "ledger.key"), 0o600))
 }
 
 func sampleToken(t *testing.T, em *emulator.Emulator, app string) string {

@@ -39,6 +39,7 @@ nothing is refused. Point a script's base URL at it and read the report.`,
 	dataFlag(c)
 	c.Flags().String("listen", "", "`ADDRESS` of the one listener, instead of those of the file (default 127.0.0.1:8080)")
 	c.Flags().String("admin", "", "`ADDRESS` of the admin listener (default 127.0.0.1:9090)")
+	c.Flags().String("instance", "", "`NAME` of this guard in records, metrics and a fleet's store (default: the host's name)")
 	c.Flags().String("mode", "", "global mode: audit, tag or enforce (default audit)")
 	c.Flags().StringSlice("tenant", nil, "partner tenant `GUID` whose tokens are accepted; may be repeated")
 	c.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{"audit", "tag", "enforce"}, cobra.ShellCompDirectiveNoFileComp))
@@ -116,6 +117,7 @@ func configuration(c *cobra.Command) (*config.Config, error) {
 	}
 	listen, _ := c.Flags().GetString("listen")
 	admin, _ := c.Flags().GetString("admin")
+	instance, _ := c.Flags().GetString("instance")
 	mode, _ := c.Flags().GetString("mode")
 	tenants, _ := c.Flags().GetStringSlice("tenant")
 	if listen != "" {
@@ -129,6 +131,9 @@ func configuration(c *cobra.Command) (*config.Config, error) {
 	}
 	if admin != "" {
 		cfg.Admin.Address = admin
+	}
+	if instance != "" {
+		cfg.Instance = instance
 	}
 	if mode != "" {
 		m, err := policy.ParseMode(mode)

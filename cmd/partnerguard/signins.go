@@ -8,8 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"time"
 
+	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/telemetry/reconcile"
 	"github.com/partnerguard/partnerguard/telemetry/report"
 	"github.com/spf13/cobra"
@@ -39,7 +41,9 @@ mend, and 1 when an incomplete export shows nothing.`,
   zcat signins-*.json.gz | partnerguard signins --since 30d -`,
 		RunE: func(c *cobra.Command, files []string) error { return signIns(c, e, files) },
 	}
+	configFlag(c)
 	dataFlag(c)
+	storeFlag(c)
 	formatFlag(c, signInFormats...)
 	c.Flags().String("since", "30d", "how far to look back for calls: 30d, 12h, or a time (RFC 3339)")
 	return c
@@ -65,15 +69,23 @@ func signIns(c *cobra.Command, e environment, files []string) error {
 	if cfg.Inputs, err = signInInputs(e, files); err != nil {
 		return err
 	}
-	r, err := openStore(dir)
+	var guard *config.Config
+	if file, _ := c.Flags().GetString("config"); file != "" {
+		if guard, err = configuration(c); err != nil {
+			return err
+		}
+	}
+	place, err := storeAt(c, e, dir, guard)
+	if err != nil {
+		return err
+	}
+	r, err := openStore(c.Context(), place)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	lag, err := r.Lag(c.Context())
-	if err != nil {
-		return err
-	}
+	var lag strings.Builder
+	tellLag(c.Context(), &lag, r)
 	cfg.Records = r
 	// The calls are read before the first file is: the store's memory is of use then.
 	open := cfg.Inputs[0].Open
@@ -109,9 +121,7 @@ func signIns(c *cobra.Command, e environment, files []string) error {
 	if err != nil {
 		return err
 	}
-	if lag > 5*time.Second {
-		fmt.Fprintf(e.err, "partnerguard: the store lies %s behind the ledger; is the guard running?\n", lag.Round(time.Second))
-	}
+	io.WriteString(e.err, lag.String())
 	switch {
 	case found.Findings():
 		return errFindings

@@ -106,7 +106,7 @@ func TestTelemetryMetricsCountTheCalls(t *testing.T) {
 	if builds := with(samples, "partnerguard_build_info"); len(builds) != 1 || samples[fmt.Sprintf(`partnerguard_build_info{go_version=%q,version=%q}`, goVersion(), version())] != 1 {
 		t.Errorf("build info %v", builds)
 	}
-	degraded := map[string]float64{`partnerguard_degraded{part="certificates"}`: 0, `partnerguard_degraded{part="config"}`: 0, `partnerguard_degraded{part="keys"}`: 0, `partnerguard_degraded{part="ledger"}`: 0, `partnerguard_degraded{part="store"}`: 0, `partnerguard_degraded{part="tokens"}`: 0}
+	degraded := map[string]float64{`partnerguard_degraded{part="certificates"}`: 0, `partnerguard_degraded{part="config"}`: 0, `partnerguard_degraded{part="keys"}`: 0, `partnerguard_degraded{part="ledger"}`: 0, `partnerguard_degraded{part="reconcile"}`: 0, `partnerguard_degraded{part="store"}`: 0, `partnerguard_degraded{part="tokens"}`: 0}
 	if diff := cmp.Diff(degraded, with(samples, "partnerguard_degraded")); diff != "" {
 		t.Errorf("degraded parts (-want +got):\n%s", diff)
 	}

@@ -99,6 +99,10 @@ func (d *differ) value(path string, a, b reflect.Value, restart, presence bool) 
 		d.items(path, mapItems(a), mapItems(b), restart, presence)
 	case reflect.Slice:
 		if _, scalars := newScalar(reflect.New(a.Type().Elem()).Elem()); scalars {
+			if old, ok := a.Interface().(Command); ok {
+				d.command(path, old, b.Interface().(Command), restart)
+				return
+			}
 			d.set(path, a, b, restart)
 			return
 		}
@@ -117,6 +121,14 @@ func (d *differ) set(path string, a, b reflect.Value, restart bool) {
 	came := slices.DeleteFunc(slices.Clone(new), func(s string) bool { return slices.Contains(old, s) })
 	if len(gone)+len(came) > 0 {
 		d.add(path, short(strings.Join(gone, ", ")), short(strings.Join(came, ", ")), restart)
+	}
+}
+
+// command compares commands, whose order counts. Arguments may be secrets and are not
+// shown.
+func (d *differ) command(path string, old, new Command, restart bool) {
+	if !slices.Equal(old, new) {
+		d.add(path, old.String(), new.String(), restart)
 	}
 }
 

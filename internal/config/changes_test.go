@@ -29,6 +29,9 @@ rules: [{name: r, mode: audit}, {name: s, mode: tag}, {name: t, mode: tag}]
 		{"nothing", "", "", nil},
 		{"what is written another way", "cloud: global\nentra: {max_stale: 168h, mfa_values: [mfa, ngcmfa]}", "entra: {max_stale: 7d, mfa_values: [ngcmfa, mfa]}", nil},
 		{"a mode", "", "mode: enforce", []string{"mode: audit → enforce"}},
+		{"another order of arguments, which are not shown", "reconcile: {every: 6h, token_command: [get, -k, secret]}", "reconcile: {every: 6h, token_command: [get, secret, -k]}",
+			[]string{"reconcile.token_command: get … → get …"}},
+		{"a schedule", "", "reconcile: {every: 6h, token_command: [get]}", []string{"reconcile.every: 0s → 6h", "reconcile.token_command: added get"}},
 		{"a mode of an integration", "", "integrations: [{name: a, mode: enforce}, {name: b, match: {user_agent: [x, y]}}, {name: c, mode: tag}]",
 			[]string{"integrations[a].mode: audit → enforce", "integrations[c].mode: as the rest → tag"}},
 		{"integrations that come and go", "", "integrations: [{name: n, owner: Ann, match: {source: 10.0.0.0/8}}, {name: a, mode: audit}, {name: b, match: {user_agent: [y, z, x]}}]",
@@ -64,6 +67,8 @@ rules: [{name: r, mode: audit}, {name: s, mode: tag}, {name: t, mode: tag}]
 		{"timeouts", "", "timeouts: {dial: 1m30s, read_header: 1h, keep_alive: 1h1m, body: 24h, drain: 0}",
 			[]string{"timeouts.dial: 10s → 1m30s", "! timeouts.read_header: 30s → 1h", "! timeouts.keep_alive: 2m → 1h1m", "timeouts.body: 2m → 1d", "timeouts.drain: 30s → 0s"}},
 		{"the ledger", "", "ledger: {fsync: always, min_free: 0, retention: 1d12h}", []string{"! ledger.retention: 30d → 36h", "! ledger.fsync: 1s → always", "! ledger.min_free: 1GiB → 0"}},
+		{"the size of the ledger", "", "ledger: {max_bytes: 1GiB, compress: false, tenants: {1b2c3d4e-0a1b-4c2d-8e3f-901234567890: 7d}}",
+			[]string{"! ledger.tenants.1b2c3d4e-0a1b-4c2d-8e3f-901234567890: added 7d", "! ledger.max_bytes: 0 → 1GiB", "! ledger.compress: true → false"}},
 		{"the admin listener", "admin: {token: file:/t}", "admin: {address: '127.0.0.1:9091', token: env:TOKEN, tls: {certificate: a.pem, key: a.key}}",
 			[]string{"! admin.address: 127.0.0.1:9090 → 127.0.0.1:9091", "admin.token: file:/t → env:TOKEN", "! admin.tls: added {certificate: a.pem, key: a.key}"}},
 		{"a long text", "rules: [{name: r, mode: tag, note: " + long + "old}]", "rules: [{name: r, mode: tag, note: " + long + "new}]",
@@ -137,11 +142,13 @@ func TestEveryKeyIsSeenByChanges(t *testing.T) {
 		}
 	}
 	want := []string{
-		"listeners[].name", "listeners[].address",
+		"instance", "listeners[].name", "listeners[].address",
 		"acme.email", "acme.directory", "acme.root", "acme.eab.key_id", "acme.eab.mac_key", "acme.challenges", "acme.http_port", "acme.tls_alpn_port",
+		"acme.storage", "acme.storage_key",
 		"limits.connections", "limits.headers", "timeouts.read_header", "timeouts.keep_alive",
 		"ledger.retention", "ledger.on_failure", "ledger.fsync", "ledger.identities", "ledger.min_free",
-		"admin.address",
+		"ledger.tenants{}", "ledger.max_bytes", "ledger.compress", "ledger.key",
+		"store.postgres", "admin.address",
 	}
 	if diff := cmp.Diff(want, restart); diff != "" {
 		t.Errorf("keys that need a restart (-want +got):\n%s", diff)

@@ -3,6 +3,8 @@ package config
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -25,8 +27,12 @@ func (c *Config) check(bad report) {
 	oneOf(bad, "cloud", c.Cloud, "global", "usgov", "china")
 	oneOf(bad, "validate_mfa", c.ValidateMFA, ValidateOff, ValidateReads, ValidateAll)
 	oneOf(bad, "ledger.on_failure", c.Ledger.OnFailure, ForwardOnFailure, RejectOnFailure)
-	oneOf(bad, "ledger.identities", c.Ledger.Identities, "plain")
+	oneOf(bad, "ledger.identities", c.Ledger.Identities, PlainIdentities, PseudonymousIdentities)
 
+	if c.Instance != "" && !instanceName.MatchString(c.Instance) {
+		bad("instance", fmt.Sprintf("%q is not a name", c.Instance), "use 1 to 63 letters, digits, dots, hyphens and underscores")
+	}
+	c.Store.Postgres.check(bad, "store.postgres")
 	c.checkListeners(bad)
 	c.checkACME(bad)
 	c.checkAdmin(bad)
@@ -34,6 +40,7 @@ func (c *Config) check(bad report) {
 	c.checkEntra(bad)
 	c.checkLimits(bad)
 	c.checkTimes(bad)
+	c.checkReconcile(bad)
 	for i, in := range c.Integrations {
 		c.checkMatch(bad, fmt.Sprintf("integrations[%d].match", i), in.Match)
 	}
@@ -43,6 +50,8 @@ func (c *Config) check(bad report) {
 		}
 	}
 }
+
+var instanceName = regexp.MustCompile(`^[A-Za-z0-9._-]{1,63}$`)
 
 // checkMatch reports what the policy cannot: conditions that none of the listeners
 // can meet.
@@ -141,6 +150,28 @@ func (c *Config) checkLimits(bad report) {
 	}
 }
 
+func (c *Config) checkReconcile(bad report) {
+	r := c.Reconcile
+	r.Token.check(bad, "reconcile.token")
+	command := len(r.TokenCommand) > 0
+	if command && r.TokenCommand[0] == "" {
+		bad("reconcile.token_command[0]", "is empty", "write the program that prints the token, then its arguments")
+	}
+	const sources = "write token (file:PATH or env:NAME) or token_command ([program, arguments…])"
+	switch {
+	case r.Every != 0 && (r.Every < time.Minute || r.Every > 7*day):
+		bad("reconcile.every", "is out of bounds", "write 1m to 7d, such as 6h, or 0 for never")
+	case r.Every != 0 && r.Token == "" && !command:
+		bad("reconcile.every", "needs a token for Microsoft's records", sources)
+	case r.Token != "" && command:
+		bad("reconcile.token", "and token_command are both given", "keep one of them")
+	case r.Every == 0 && r.Token != "":
+		bad("reconcile.token", "does nothing without every", "add reconcile.every, such as 6h")
+	case r.Every == 0 && command:
+		bad("reconcile.token_command", "does nothing without every", "add reconcile.every, such as 6h")
+	}
+}
+
 func (c *Config) checkTimes(bad report) {
 	for _, d := range []struct {
 		path   string
@@ -160,6 +191,7 @@ func (c *Config) checkTimes(bad report) {
 		{"timeouts.drain", c.Timeouts.Drain, true},
 		{"ledger.retention", c.Ledger.Retention, false},
 		{"ledger.fsync", time.Duration(c.Ledger.FSync), true},
+		{"reconcile.delay", c.Reconcile.Delay, true},
 	} {
 		switch {
 		case d.value < 0:
@@ -171,4 +203,26 @@ func (c *Config) checkTimes(bad report) {
 	if c.Ledger.MinFree < 0 {
 		bad("ledger.min_free", "is negative", "write a size such as 1GiB, or 0")
 	}
+	if n := c.Ledger.MaxBytes; n != 0 && n < minLedger {
+		bad("ledger.max_bytes", "leaves no room for the files being written and compressed", "write 512MiB or more, or 0 for no limit")
+	}
+	seen := map[string]bool{}
+	for _, tenant := range slices.Sorted(maps.Keys(c.Ledger.Tenants)) {
+		path := join("ledger.tenants", tenant)
+		switch lower := strings.ToLower(tenant); {
+		case !guid.MatchString(lower):
+			bad(path, "is not a tenant id", "write the GUID of a partner tenant")
+		case seen[lower]:
+			bad(path, "stands twice, in another case", "write it once")
+		case c.Ledger.Tenants[tenant] < day:
+			bad(path, "is less than a day", "write a duration such as 7d")
+		default:
+			seen[lower] = true
+		}
+	}
 }
+
+// minLedger is the least ledger.max_bytes: some segments of 64 MiB.
+const minLedger = 512 << 20
+
+var guid = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)

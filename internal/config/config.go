@@ -40,6 +40,11 @@ type Config struct {
 	// Version is the version of the file's format: 1. Required in a file.
 	Version int `yaml:"version"`
 
+	// Instance names this guard in records, metrics and the fleet's store: 1 to 63
+	// letters, digits, dots, hyphens and underscores. Empty: the host's name, which
+	// guards that share a host cannot be told apart by.
+	Instance string `yaml:"instance" restart:"any"`
+
 	// Cloud presets hosts, issuers and audiences: global (the default), usgov or
 	// china.
 	Cloud string `yaml:"cloud"`
@@ -88,8 +93,11 @@ type Config struct {
 	// Ledger is the account of every call.
 	Ledger Ledger `yaml:"ledger" restart:"any"`
 
-	// Store is the view of the ledger that reports search. It has no keys yet.
+	// Store is the view of the ledger that reports search.
 	Store Store `yaml:"store" restart:"any"`
+
+	// Reconcile holds Microsoft's own records against the ledger's, on a schedule.
+	Reconcile Reconcile `yaml:"reconcile"`
 
 	// Admin is the listener of health, metrics and console.
 	Admin Admin `yaml:"admin"`
@@ -176,7 +184,24 @@ type ACME struct {
 	// TLSALPNPort answers tls-alpn-01, as HTTPPort does http-01; it may be that of
 	// a listener with tls.acme. Default 443.
 	TLSALPNPort int `yaml:"tls_alpn_port"`
+
+	// Storage is where account, keys and certificates are kept: files (the default),
+	// in the data directory, or postgres, where a fleet shares them: in the database
+	// of Store.Postgres, encrypted, with copies of the certificates in the data
+	// directory. One guard of the fleet orders, and any of them answers the
+	// authority's challenges, so that HTTPPort is open all the time.
+	Storage string `yaml:"storage"`
+
+	// StorageKey encrypts what Storage postgres keeps; required there. All guards of
+	// the fleet have the same.
+	StorageKey Secret `yaml:"storage_key"` // refers to 32 bytes in base64
 }
+
+// The values of ACME.Storage.
+const (
+	StorageFiles    = "files"
+	StoragePostgres = "postgres"
+)
 
 // The values of ACME.Challenges.
 const (
@@ -353,12 +378,38 @@ type Ledger struct {
 	// FSync is how often written records are forced to disk. Default 1s.
 	FSync FSync `yaml:"fsync"`
 
-	// Identities is how users stand in the side file: plain.
-	Identities string `yaml:"identities"`
+	// Identities is whether the side file says who the users are. Default plain.
+	Identities Identities `yaml:"identities"`
 
 	// MinFree is the free disk space below which nothing more is written. Default
 	// 1GiB; 0 checks nothing.
 	MinFree Size `yaml:"min_free"`
+
+	// Tenants is how long the records of single partner tenants are kept instead of
+	// Retention, by tenant id, 1d at least: of calls whose token is verified and of the
+	// tenant. Shorter or longer.
+	Tenants map[string]time.Duration `yaml:"tenants"`
+
+	// MaxBytes is how much disk the ledger may take: with more, the oldest records are
+	// removed before their time. 512MiB at least. Default 0: no limit.
+	MaxBytes Size `yaml:"max_bytes"`
+
+	// Compress lets files that are done be compressed, with zstd. Default true.
+	Compress bool `yaml:"compress"`
+
+	// Key is the file of the private key that signs checkpoints: Ed25519, PKCS#8, PEM. A
+	// relative path starts at the directory of the configuration file. Empty: ledger.key
+	// in the data directory, made at the first start.
+	Key string `yaml:"key"`
+}
+
+// TenantRetention is Tenants with the ids as records hold them.
+func (l *Ledger) TenantRetention() map[string]time.Duration {
+	m := make(map[string]time.Duration, len(l.Tenants))
+	for tenant, kept := range l.Tenants {
+		m[strings.ToLower(tenant)] = kept
+	}
+	return m
 }
 
 // OnFailure is what happens to calls while the ledger cannot be written.
@@ -368,6 +419,18 @@ type OnFailure string
 const (
 	ForwardOnFailure OnFailure = "forward" // go on; the record goes to the log
 	RejectOnFailure  OnFailure = "reject"  // 503
+)
+
+// Identities is whether a side file of the ledger says who the users are.
+type Identities string
+
+// The values of Ledger.Identities.
+const (
+	PlainIdentities Identities = "plain" // tenant, object id and name by user_ref
+	// PseudonymousIdentities: users are a user_ref, a keyed hash, and nothing else is
+	// kept of them. Nobody can be searched by name, nor joined with Microsoft's records
+	// of users.
+	PseudonymousIdentities Identities = "pseudonymous"
 )
 
 // FSync is how often written records are forced to disk: after at most this
@@ -383,7 +446,46 @@ const FSyncAlways FSync = 0
 type Size int64
 
 // Store is the view of the ledger that reports search.
-type Store struct{}
+type Store struct {
+	// Postgres refers to the URL of the PostgreSQL database that a fleet of guards
+	// shares. Empty: each guard has a SQLite database in its data directory.
+	Postgres Secret `yaml:"postgres"`
+}
+
+// Reconcile is when the guard asks Microsoft for its records of the partner's calls, as
+// partnerguard reconcile does on demand. It needs one of Token and TokenCommand. Guards
+// that share a store need it in one of them only.
+type Reconcile struct {
+	// Every is how often, 1m to 7d; Microsoft keeps its records for 7 days. Default 0:
+	// never.
+	Every time.Duration `yaml:"every"`
+
+	// Token refers to an app+user token with MFA for Partner Center, alone or in a line
+	// of JSON as access_token or accessToken. It is read for each run: who renews it
+	// needs no reload.
+	Token Secret `yaml:"token"`
+
+	// TokenCommand is a program and its arguments that print such a token within 5
+	// minutes. It is run without a shell, as the user that the guard runs as.
+	TokenCommand Command `yaml:"token_command"`
+
+	// Delay is how long Microsoft may take to list a call. Default 1h; 0 is none.
+	Delay time.Duration `yaml:"delay"`
+}
+
+// Command is a program and its arguments.
+type Command []string
+
+// String names the program alone: arguments may be secrets.
+func (c Command) String() string {
+	switch len(c) {
+	case 0:
+		return ""
+	case 1:
+		return c[0]
+	}
+	return c[0] + " …"
+}
 
 // Admin is the listener of health, metrics and console. Off loopback it needs TLS
 // and one of Token and ClientCA, or InsecureClearText and Token.
@@ -530,6 +632,7 @@ func defaults() *Config {
 			Challenges:  []string{HTTP01, TLSALPN01},
 			HTTPPort:    80,
 			TLSALPNPort: 443,
+			Storage:     StorageFiles,
 		},
 		Entra: Entra{
 			Leeway:         5 * time.Minute,
@@ -555,10 +658,12 @@ func defaults() *Config {
 			Retention:  30 * day,
 			OnFailure:  ForwardOnFailure,
 			FSync:      FSync(time.Second),
-			Identities: "plain",
+			Identities: PlainIdentities,
 			MinFree:    1 << 30,
+			Compress:   true,
 		},
-		Admin: Admin{Address: "127.0.0.1:9090"},
+		Reconcile: Reconcile{Delay: time.Hour},
+		Admin:     Admin{Address: "127.0.0.1:9090"},
 	}
 }
 
@@ -574,6 +679,9 @@ func (c *Config) complete() {
 		}
 	}
 	c.Admin.Hosts = lowered(c.Admin.Hosts)
+	if len(c.Reconcile.TokenCommand) == 0 {
+		c.Reconcile.TokenCommand = nil
+	}
 	for name, u := range c.Upstreams {
 		u.URL = strings.TrimSuffix(u.URL, "/")
 		resource, appID := api(name, c.Cloud, u.URL)

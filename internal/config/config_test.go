@@ -66,6 +66,7 @@ func TestBadFiles(t *testing.T) {
 
 func TestGoodFilesAndExamplesLoad(t *testing.T) {
 	files := append(glob(t, "testdata/good/*.yaml"), glob(t, "../../examples/*.yaml")...)
+	files = append(files, glob(t, "../../examples/*/*.yaml")...)
 	for _, file := range files {
 		t.Run(filepath.Base(file), func(t *testing.T) {
 			c, err := Load(withFiles(t, file))
@@ -175,10 +176,11 @@ func TestEveryKeyIsRead(t *testing.T) {
 	file := func(name string) string { return filepath.Join(filepath.Dir(path), name) }
 	zero, twenty := 0, 20
 	want := &Config{
-		Version: 1,
-		Cloud:   "china",
-		Tenants: []string{"1b2c3d4e-0a1b-4c2d-8e3f-901234567890"},
-		Mode:    policy.TagMode,
+		Version:  1,
+		Instance: "Guard_1.contoso-fleet",
+		Cloud:    "china",
+		Tenants:  []string{"1b2c3d4e-0a1b-4c2d-8e3f-901234567890"},
+		Mode:     policy.TagMode,
 		Listeners: []Listener{
 			{Name: "plain", Address: "0.0.0.0:8000", Integration: "one", Upstream: Graph, InsecureClearText: true},
 			{Address: "[::1]:8001", Upstream: PartnerCenter},
@@ -191,7 +193,9 @@ func TestEveryKeyIsRead(t *testing.T) {
 		ACME: ACME{
 			Email: "ops@contoso.example", Directory: "https://localhost:14000/dir", Root: file("acme.pem"),
 			EAB: &EAB{KeyID: "kid-1", MACKey: Secret("file:" + file("eab"))}, Challenges: []string{TLSALPN01}, HTTPPort: 8088, TLSALPNPort: 443,
+			Storage: StoragePostgres, StorageKey: "env:ACME_STORAGE_KEY",
 		},
+		Store: Store{Postgres: "env:GUARD_STORE"},
 		Integrations: []Integration{
 			{
 				Name: "one", Owner: "team@contoso.example", Contact: "oncall@contoso.example", Mode: policy.Enforce,
@@ -239,7 +243,9 @@ func TestEveryKeyIsRead(t *testing.T) {
 			ReadHeader: 5 * time.Second, KeepAlive: 6 * time.Second, Body: 7 * time.Second,
 		},
 		ValidateMFA: ValidateOff,
-		Ledger:      Ledger{Retention: 365 * day, OnFailure: RejectOnFailure, FSync: FSyncAlways, Identities: "plain", MinFree: 500e6},
+		Ledger: Ledger{Retention: 365 * day, OnFailure: RejectOnFailure, FSync: FSyncAlways, Identities: PseudonymousIdentities, MinFree: 500e6,
+			Tenants: map[string]time.Duration{"1b2c3d4e-0a1b-4c2d-8e3f-901234567890": 90 * day}, MaxBytes: 20 << 30, Key: file("ledger.pem")},
+		Reconcile: Reconcile{Every: 6 * time.Hour, Token: Secret("file:" + file("reconcile.token"))},
 		Admin: Admin{
 			Address: "localhost:9999", Token: "env:PARTNERGUARD_ADMIN_TOKEN", TLS: &TLS{Certificate: file("guard.pem"), Key: file("guard.key")},
 			ClientCA: file("clients.pem"), Hosts: []string{"guard.contoso.example", "2001:db8::1"},

@@ -224,6 +224,9 @@ func (d *decoder) isMapping(n ast.Node, path string) bool {
 // already holds, or over their preset.
 func (d *decoder) mapping(n ast.Node, path string, dst reflect.Value) {
 	for _, e := range d.entries(n, path) {
+		if dst.IsNil() {
+			dst.Set(reflect.MakeMap(dst.Type()))
+		}
 		at, key := join(path, e.key), reflect.ValueOf(e.key)
 		d.places[at] = e.place
 		v := reflect.New(dst.Type().Elem()).Elem()

@@ -16,13 +16,20 @@ import (
 
 // Files returns every file that c names, each once and sorted: certificates, keys,
 // CAs, revocation lists, secrets. A change of any of them is a change of what c
-// means.
+// means. The file of reconcile.token is none of them: it is read when it is needed,
+// may change by the hour, and may come later.
 func (c *Config) Files() []string {
 	var files []string
-	c.eachFile(func(_ string, file *string) { files = append(files, *file) })
+	c.eachFile(func(key string, file *string) {
+		if key != reconcileToken {
+			files = append(files, *file)
+		}
+	})
 	slices.Sort(files)
 	return slices.Compact(files)
 }
+
+const reconcileToken = "reconcile.token"
 
 // eachFile calls visit with the key of every file that c names and its path, which
 // visit may change. As long as it does not, c is only read.
@@ -56,6 +63,7 @@ func (c *Config) eachFile(visit func(key string, file *string)) {
 	if c.ACME.EAB != nil {
 		secret("acme.eab.mac_key", &c.ACME.EAB.MACKey)
 	}
+	secret("acme.storage_key", &c.ACME.StorageKey)
 	file("entra.ca", &c.Entra.CA)
 	for _, name := range slices.Sorted(maps.Keys(c.Upstreams)) {
 		u := c.Upstreams[name]
@@ -63,7 +71,10 @@ func (c *Config) eachFile(visit func(key string, file *string)) {
 			c.Upstreams[name] = u
 		}
 	}
+	secret(reconcileToken, &c.Reconcile.Token)
+	file("ledger.key", &c.Ledger.Key)
 	pair("admin.tls", c.Admin.TLS)
+	secret("store.postgres", &c.Store.Postgres)
 	secret("admin.token", &c.Admin.Token)
 	file("admin.client_ca", &c.Admin.ClientCA)
 }
@@ -125,12 +136,26 @@ func (c *Config) checkFiles(bad report) {
 			}
 		}
 	}
+	if file, ok := c.ACME.StorageKey.file(); ok && len(read("acme.storage_key", file)) > 0 {
+		key, err := c.ACME.StorageKey.Read(nil)
+		if err != nil {
+			bad("acme.storage_key", err.Error(), "")
+		} else if raw, err := base64.StdEncoding.DecodeString(key); err != nil || len(raw) != 32 {
+			bad("acme.storage_key", fmt.Sprintf("the file %s does not hold 32 bytes in base64", file), "make one for all guards: openssl rand -base64 32")
+		}
+	}
 	authorities("entra.ca", c.Entra.CA)
 	for _, name := range slices.Sorted(maps.Keys(c.Upstreams)) {
 		authorities(join("upstreams", name)+".ca", c.Upstreams[name].CA)
 	}
+	read("ledger.key", c.Ledger.Key)
 	pair("admin.tls", c.Admin.TLS)
 	authorities("admin.client_ca", c.Admin.ClientCA)
+	if file, ok := c.Store.Postgres.file(); ok && len(read("store.postgres", file)) > 0 {
+		if _, err := c.Store.Postgres.Read(nil); err != nil {
+			bad("store.postgres", err.Error(), "")
+		}
+	}
 	if file, ok := c.Admin.Token.file(); ok && len(read("admin.token", file)) > 0 {
 		if _, err := c.Admin.Token.Read(nil); err != nil {
 			bad("admin.token", err.Error(), "")

@@ -25,7 +25,7 @@ func TestFilesAreAllThatTheConfigurationNames(t *testing.T) {
 		}
 		got = append(got, filepath.Base(file))
 	}
-	want := []string{"acme.pem", "clients.crl", "clients.pem", "eab", "entra.pem", "guard.key", "guard.pem", "upstream.pem"}
+	want := []string{"acme.pem", "clients.crl", "clients.pem", "eab", "entra.pem", "guard.key", "guard.pem", "ledger.pem", "upstream.pem"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("Files (-want +got):\n%s", diff)
 	}
@@ -91,7 +91,7 @@ func TestKeysAndSecretsThatOthersMayReadAreARisk(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if diff := cmp.Diff([]string{"listeners[2].tls.key", "acme.eab.mac_key", "admin.tls.key"}, named()); diff != "" {
+	if diff := cmp.Diff([]string{"listeners[2].tls.key", "acme.eab.mac_key", "ledger.key", "admin.tls.key"}, named()); diff != "" {
 		t.Errorf("risks of files of mode 0644 (-want +got):\n%s", diff)
 	}
 }

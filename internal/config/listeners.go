@@ -112,6 +112,17 @@ func (c *Config) checkACME(bad report) {
 			bad(fmt.Sprintf("acme.challenges[%d]", i), fmt.Sprintf("%q is not known", challenge), "write "+HTTP01+" or "+TLSALPN01)
 		}
 	}
+	oneOf(bad, "acme.storage", a.Storage, StorageFiles, StoragePostgres)
+	a.StorageKey.check(bad, "acme.storage_key")
+	switch {
+	case a.Storage == StorageFiles && a.StorageKey != "":
+		bad("acme.storage_key", "does nothing without storage: postgres", "add acme.storage: postgres, or remove the key")
+	case a.Storage == StoragePostgres && a.StorageKey == "":
+		bad("acme.storage_key", "is required", "write file:PATH or env:NAME of 32 bytes in base64, the same for all guards: openssl rand -base64 32")
+	}
+	if a.Storage == StoragePostgres && c.Store.Postgres == "" {
+		bad("acme.storage", "is postgres, but store.postgres is missing", "add store.postgres, the database of the fleet")
+	}
 	used := false
 	for i, l := range c.Listeners {
 		if l.TLS == nil {

@@ -62,6 +62,11 @@ func (c *Config) Risks(now time.Time) []string {
 			risk("upstreams.%s.rewrite_links is false: clients that follow links in its answers go past the guard.", name)
 		}
 	}
+	if file, ok := c.Reconcile.Token.file(); ok {
+		if _, err := os.Stat(file); err != nil {
+			risk("reconcile.token: %s cannot be read; until it can, Microsoft's records are not held against the guard's.", file)
+		}
+	}
 	risks = append(risks, c.adminRisks()...)
 	risks = append(risks, c.fileRisks()...)
 	risks = append(risks, c.weakRisks()...)
@@ -99,7 +104,7 @@ func (c *Config) adminRisks() []string {
 func (c *Config) fileRisks() []string {
 	var risks []string
 	c.eachFile(func(key string, file *string) {
-		if !strings.HasSuffix(key, ".key") && !strings.HasSuffix(key, ".mac_key") && !strings.HasSuffix(key, ".token") {
+		if !strings.HasSuffix(key, ".key") && !strings.HasSuffix(key, "_key") && !strings.HasSuffix(key, ".postgres") && !strings.HasSuffix(key, ".token") {
 			return
 		}
 		const others = 0o027 // group may read, not write

@@ -567,8 +567,8 @@ func TestNothingIsTakenAfterClose(t *testing.T) {
 func TestAnIdentityThatCannotBeWrittenIsTriedAgain(t *testing.T) {
 	dir := t.TempDir()
 	var events log
-	at := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-	l := mustOpen(t, Config{Dir: dir, Event: events.add, Now: func() time.Time { return at }})
+	at := newClock(time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC))
+	l := mustOpen(t, Config{Dir: dir, Event: events.add, Now: at.time})
 	name := filepath.Join(dir, identitiesFile)
 	if err := os.Mkdir(name, 0o700); err != nil {
 		t.Fatal(err)
@@ -582,7 +582,7 @@ func TestAnIdentityThatCannotBeWrittenIsTriedAgain(t *testing.T) {
 	if got := l.UserRef(&rec.Token); got != ref || ref == "" {
 		t.Errorf("UserRef = %q, then %q", ref, got)
 	}
-	at = at.Add(2 * time.Second)
+	at.add(2 * time.Second)
 	l.UserRef(&rec.Token)
 	mustClose(t, l)
 	ids, err := Identities(dir)

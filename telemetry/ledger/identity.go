@@ -31,11 +31,19 @@ type Identity struct {
 }
 
 // Identities reads who the users in the records of the data directory dir are, by
-// user_ref; the latest name of each. A user whose lines were deleted from
-// identities.jsonl is forgotten: the records stay, but no longer say who it was.
+// user_ref; the latest name of each. Forgotten users are not among them: the records
+// stay, but no longer say who it was.
 func Identities(dir string) (map[string]Identity, error) {
+	gone, _, err := readForgotten(dir)
+	if err != nil {
+		return nil, err
+	}
 	m := map[string]Identity{}
-	err := eachIdentity(dir, func(id Identity) { m[id.UserRef] = id })
+	err = eachIdentity(dir, func(id Identity) {
+		if !gone[id.UserRef] {
+			m[id.UserRef] = id
+		}
+	})
 	return m, err
 }
 
@@ -69,20 +77,26 @@ const (
 	identitiesFile = "identities.jsonl"
 	identitiesKey  = "identities.key"
 
+	userRefBytes = 16 // of the keyed hash
+
 	maxMemo  = 1 << 14 // users whose reference is remembered
 	maxKnown = 1 << 18 // users with a name in the file
 )
 
 // identities turns users into references.
 type identities struct {
-	path string
-	key  []byte
+	dir          string
+	path         string
+	key          []byte
+	pseudonymous bool // name nobody
 
 	mu    sync.RWMutex
 	memo  map[user]string
 	known map[[16]byte]struct{} // reference and name, hashed, that are in the file
 	retry time.Time             // no write before this, after one failed
 	torn  bool                  // the file does not end with a line feed
+	gone  map[string]bool       // references of forgotten users, as of stamp
+	stamp fs.FileInfo           // of the list they were read from; nil when there was none
 }
 
 type user struct {
@@ -92,7 +106,7 @@ type user struct {
 
 // open reads the key, or makes it at the first start, and what is known.
 func (ids *identities) open(dir string) error {
-	ids.path = filepath.Join(dir, identitiesFile)
+	ids.dir, ids.path = dir, filepath.Join(dir, identitiesFile)
 	ids.memo = map[user]string{}
 	ids.known = map[[16]byte]struct{}{}
 	var err error
@@ -116,23 +130,29 @@ func identityKey(name string) ([]byte, error) {
 	}
 	key = make([]byte, sha256.Size)
 	rand.Read(key)
-	// By way of another name, so that there is never half a key.
-	tmp := name + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err == nil {
-		_, err = f.Write(key)
-		err = errors.Join(err, f.Sync(), f.Close())
-	}
-	if err == nil {
-		err = os.Rename(tmp, name)
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(name))
-	}
-	if err != nil {
+	if err := replaceFile(name, key); err != nil {
 		return nil, fmt.Errorf("make key of identities: %w", err)
 	}
 	return key, nil
+}
+
+// replaceFile puts data under name, 0600, so that after a crash there is either
+// what was there before or all of data.
+func replaceFile(name string, data []byte) error {
+	tmp := name + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(tmp, name)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return err
+	}
+	return syncDir(filepath.Dir(name))
 }
 
 // ref returns the reference of t's user. The error says that his name could not be
@@ -153,16 +173,16 @@ func (ids *identities) ref(t *policy.Token, now func() time.Time) (string, error
 	io.WriteString(mac, u.tid)
 	mac.Write([]byte{0})
 	io.WriteString(mac, u.oid)
-	ref = base64.RawURLEncoding.EncodeToString(mac.Sum(nil)[:16])
+	ref = base64.RawURLEncoding.EncodeToString(mac.Sum(nil)[:userRefBytes])
 
 	ids.mu.Lock()
 	defer ids.mu.Unlock()
-	if u.verified {
+	if u.verified && !ids.pseudonymous {
 		hash := nameHash(ref, u.upn)
 		if _, ok := ids.known[hash]; !ok && len(ids.known) < maxKnown {
 			if at := now(); at.Before(ids.retry) {
 				return ref, nil
-			} else if err := ids.append(Identity{ref, u.tid, u.oid, u.upn}); err != nil {
+			} else if err := ids.name(Identity{ref, u.tid, u.oid, u.upn}); err != nil {
 				ids.retry = at.Add(time.Second)
 				return ref, fmt.Errorf("write identities: %w", err)
 			}
@@ -178,8 +198,43 @@ func (ids *identities) ref(t *policy.Token, now func() time.Time) (string, error
 	return ref, nil
 }
 
-// append writes one line. The file is opened each time: someone may have replaced
-// it to forget a user.
+// name writes who id is, unless he was forgotten. The lock keeps Forget, which may
+// run in another process, from replacing the file meanwhile; nobody waits for it here.
+func (ids *identities) name(id Identity) error {
+	lock := identitiesLock(ids.dir)
+	defer lock.Close()
+	switch ok, err := lock.TryLock(); {
+	case err != nil:
+		return err
+	case !ok:
+		return errors.New("someone is being forgotten just now")
+	}
+	if err := ids.lookForgotten(); err != nil {
+		return err
+	}
+	if ids.gone[id.UserRef] {
+		return nil
+	}
+	return ids.append(id)
+}
+
+// lookForgotten reads the list of forgotten users again if it changed.
+func (ids *identities) lookForgotten() error {
+	now, err := os.Stat(filepath.Join(ids.dir, forgottenFile))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		ids.gone, ids.stamp = nil, nil
+		return nil
+	case err != nil:
+		return err
+	case ids.stamp != nil && os.SameFile(now, ids.stamp) && now.ModTime().Equal(ids.stamp.ModTime()) && now.Size() == ids.stamp.Size():
+		return nil
+	}
+	ids.gone, ids.stamp, err = readForgotten(ids.dir)
+	return err
+}
+
+// append writes one line. The file is opened each time: Forget may have replaced it.
 func (ids *identities) append(id Identity) error {
 	f, err := os.OpenFile(ids.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {

@@ -1,9 +1,9 @@
 package ledger
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 )
@@ -72,13 +72,12 @@ func (l *Ledger) stall(commit uint64) {
 }
 
 // keep does in the background what needs the disk: syncs, tries whether a ledger
-// that is down can write again, looks for free space, removes what is too old.
+// that is down can write again, looks for free space.
 func (l *Ledger) keep(p pace) {
 	defer l.tasks.Done()
-	sync, probe, prune := time.NewTicker(l.cfg.SyncEvery), time.NewTicker(p.probe), time.NewTicker(p.prune)
+	sync, probe := time.NewTicker(l.cfg.SyncEvery), time.NewTicker(p.probe)
 	defer sync.Stop()
 	defer probe.Stop()
-	defer prune.Stop()
 	var (
 		pause time.Duration // after a failed sync, so that segments do not multiply
 		next  time.Time
@@ -102,8 +101,6 @@ func (l *Ledger) keep(p pace) {
 			if n++; n%5 == 0 {
 				l.checkSpace()
 			}
-		case <-prune.C:
-			l.prune()
 		}
 	}
 }
@@ -111,8 +108,8 @@ func (l *Ledger) keep(p pace) {
 // sync forces to the disk what was written, and closes the files that are done.
 func (l *Ledger) sync() error {
 	l.mu.Lock()
-	dirty, retired, appeared := l.dirty, l.retired, l.appeared
-	l.dirty, l.retired, l.appeared = nil, nil, false
+	dirty, retired, appeared, unsaved := l.dirty, l.retired, l.appeared, l.unsaved
+	l.dirty, l.retired, l.appeared, l.unsaved = nil, nil, false, nil
 	l.mu.Unlock()
 
 	var err error
@@ -124,7 +121,14 @@ func (l *Ledger) sync() error {
 	}
 	if appeared {
 		err = errors.Join(err, l.files.syncDir(segmentDir(l.cfg.Dir)))
-		l.prune()
+		wake(l.closing)
+	}
+	// Not before its line is on the disk: a power failure must not make a checkpoint
+	// look like one whose records were cut off.
+	if err == nil && unsaved != nil {
+		if serr := l.save(unsaved); serr != nil {
+			l.upkeepFailed(serr)
+		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -205,53 +209,48 @@ func (l *Ledger) lowSpace() error {
 	return fmt.Errorf("%d MiB free on the disk, %d MiB must stay", free>>20, l.cfg.MinFree>>20)
 }
 
-func (l *Ledger) prune() {
-	if l.cfg.Retention < 0 {
+// checkpoint signs the end of the chain, unless nothing came since the last time.
+// The line goes out with the next group, or by itself.
+func (l *Ledger) checkpoint() {
+	l.mu.Lock()
+	at := l.tip
+	idle := at.seq == l.covered || l.refusal() != nil
+	l.mu.Unlock()
+	if idle {
 		return
 	}
-	if _, err := prune(l.files, l.cfg.Dir, l.cfg.Now().Add(-l.cfg.Retention)); err != nil {
-		l.mu.Lock()
-		l.status.Err, l.status.ErrTime = err, l.cfg.Now()
+	c := sign(l.key, l.id, l.cfg.Now(), at.seq, at.hash)
+	l.mu.Lock()
+	if l.refusal() != nil {
 		l.mu.Unlock()
+		return
 	}
+	l.signed = &c
+	if l.leading {
+		l.mu.Unlock() // who leads takes it along
+		return
+	}
+	l.leading = true
+	l.leadOn(false)
 }
 
-// Prune removes the segments in the data directory dir that end before the given
-// time, and the damaged files that are older; a guard may be writing there. The
-// last segment always stays. It returns the names of what it removed.
-func Prune(dir string, before time.Time) ([]string, error) { return prune(osFiles{}, dir, before) }
+// save puts c in checkpoint.json.
+func (l *Ledger) save(c *Checkpoint) error {
+	b, err := json.Marshal(c)
+	if err == nil {
+		err = replaceFile(filepath.Join(l.cfg.Dir, checkpointFile), append(b, '\n'))
+	}
+	if err != nil {
+		return fmt.Errorf("write latest checkpoint: %w", err)
+	}
+	return nil
+}
 
-func prune(fs files, dir string, before time.Time) ([]string, error) {
-	nums, err := segments(dir)
-	if err != nil {
-		return nil, err
-	}
-	var gone []string
-	for ; len(nums) > 1; nums = nums[1:] {
-		h, err := readHeader(dir, nums[1])
-		if err != nil {
-			return gone, err
-		}
-		if began, err := time.Parse(time.RFC3339, h.Time); err != nil || !began.Before(before) {
-			break
-		}
-		if err := fs.remove(segmentPath(dir, nums[0])); err != nil {
-			return gone, fmt.Errorf("remove old ledger segment: %w", err)
-		}
-		gone = append(gone, segmentName(nums[0]))
-	}
-	damaged, err := filepath.Glob(filepath.Join(segmentDir(dir), "*"+segmentSuffix+".damaged-*"))
-	if err != nil {
-		return gone, fmt.Errorf("list damaged ledger segments: %w", err)
-	}
-	for _, name := range damaged {
-		if fi, err := os.Stat(name); err != nil || !fi.ModTime().Before(before) {
-			continue
-		}
-		if err := fs.remove(name); err != nil {
-			return gone, fmt.Errorf("remove damaged ledger segment: %w", err)
-		}
-		gone = append(gone, filepath.Base(name))
-	}
-	return gone, nil
+// upkeepFailed tells that work in the background failed; records are taken all the
+// same.
+func (l *Ledger) upkeepFailed(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.status.Err, l.status.ErrTime = err, l.cfg.Now()
+	l.emit(Event{Kind: EventUpkeepFailed, Err: err})
 }

@@ -1,13 +1,19 @@
 // Package ledger is the truth about every call: append-only segment files of JSON
 // lines, numbered, never changed, committed in groups that are chained by hash.
 //
-// A segment is Dir/ledger/NNNNNNNNNNNN.jsonl. Each line is one JSON object that
-// begins with its number n and its type. A commit line closes each group of lines
-// and holds SHA-256 over the hash of the commit before and the bytes of all lines
-// since; the header of a segment holds the hash of the last commit before it. A
-// group goes out in one write, so what follows the last commit of a segment is the
-// rest of a write that was cut short, and is no part of the ledger. It is left
-// where it is: the next segment's header says how many bytes it has.
+// A segment is Dir/ledger/NNNNNNNNNNNN.jsonl, and .jsonl.zst once it is compressed,
+// which zstdcat reads. Each line is one JSON object that begins with its number n
+// and its type. A commit line closes each group of lines. The chain's digest there
+// is SHA-256 over the one at the commit before and the SHA-256 of each line since;
+// the commit holds its beginning, the header of a segment the whole one of the last
+// commit before it, and a checkpoint line signs one every few minutes. A group goes
+// out in one write, so what follows the last commit of a segment is the rest of a
+// write that was cut short, and is no part of the ledger. It is left where it is:
+// the next segment's header says how many bytes it has.
+//
+// Retention removes whole segments, the oldest first; what of a segment goes earlier,
+// because its tenant's retention is over, leaves a line with the digest of the one
+// that stood there, so that the chain still proves all others.
 //
 // A line names its user by a keyed hash. Who that is stands in Dir/identities.jsonl,
 // outside the chain, so that a user can be forgotten.
@@ -15,6 +21,7 @@ package ledger
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"os"
@@ -24,6 +31,7 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
+	"github.com/google/uuid"
 	"github.com/partnerguard/partnerguard/policy"
 	"github.com/partnerguard/partnerguard/proxy"
 	"github.com/partnerguard/partnerguard/telemetry"
@@ -49,6 +57,8 @@ type Ledger struct {
 	files      files
 	lock       *flock.Flock
 	identities identities
+	key        ed25519.PrivateKey
+	id         string    // of the ledger
 	members    sync.Pool // *[]byte, to encode outside the lock
 
 	mu      sync.Mutex
@@ -71,6 +81,11 @@ type Ledger struct {
 	unfinished []unfinished
 	gap        Gap // not yet written
 
+	tip     tip         // where the chain ends
+	covered uint64      // number of the last commit that needs no further checkpoint
+	signed  *Checkpoint // not yet written
+	unsaved *Checkpoint // written, and not yet in checkpoint.json
+
 	dirty    file   // has been written since the last sync
 	retired  []file // to be synced and closed
 	appeared bool   // a segment, since the last sync
@@ -81,6 +96,10 @@ type Ledger struct {
 	events   chan Event
 	delay    time.Duration // pace.carry
 	outcomes chan struct{} // wakes carry; holds one
+	begun    chan struct{} // wakes carry to sign; holds one
+	closing  chan struct{} // wakes tend: a segment is done; holds one
+	signs    bool          // pace.sign is not 0
+	stripped int64         // day of the last removeTenants; only tend touches it
 	stop     chan struct{}
 	tasks    sync.WaitGroup
 }
@@ -91,9 +110,22 @@ type Config struct {
 	Dir string
 	// Instance names this guard in the headers of segments.
 	Instance string
+	// Key signs checkpoints. Nil is the one in Dir/ledger.key, made at the first start.
+	// Its public half is put in Dir/ledger.pub.
+	Key ed25519.PrivateKey
 	// Retention is how long records are kept: a segment is removed once the one
 	// after it began longer ago. Zero is 30 days, negative keeps all.
 	Retention time.Duration
+	// TenantRetention is how long the records of single tenants are kept instead, by
+	// tenant id in lower case; at least a day. It holds for calls with a verified token
+	// of the tenant: a record of any other falls under Retention.
+	TenantRetention map[string]time.Duration
+	// MaxBytes is how much the segments may take on the disk; with more, the oldest
+	// are removed before their retention is over, and EventRemovedEarly tells. The one
+	// being written always stays. Zero is no limit.
+	MaxBytes int64
+	// Compress lets segments that are done be compressed in the background.
+	Compress bool
 	// SyncEvery is how often what was written is forced to the disk, in the
 	// background: what a power failure may cost. Zero is 1 s.
 	SyncEvery time.Duration
@@ -106,6 +138,9 @@ type Config struct {
 	// SegmentBytes is the size at which a new segment begins; one also begins with
 	// the first record of each day (UTC). Zero is 64 MiB.
 	SegmentBytes int64
+	// Pseudonymous keeps no names: nothing but the user_ref says who a user is. Names
+	// that are already in identities.jsonl stay; see Forget.
+	Pseudonymous bool
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
 	// Event hears of failures and recoveries, one at a time and in order, for log
@@ -131,6 +166,12 @@ const (
 	EventSyncFailed EventKind = "sync_failed" // a sync failed; a new segment begins
 	EventSetAside   EventKind = "set_aside"   // Segment was damaged, and renamed
 	EventGap        EventKind = "gap"         // a gap line was written
+	// EventRemovedEarly: Segment was removed before its retention was over, because
+	// the ledger had more than MaxBytes.
+	EventRemovedEarly EventKind = "removed_early"
+	// EventUpkeepFailed: a segment could not be compressed, or what is too old not be
+	// removed. It is tried again within the hour.
+	EventUpkeepFailed EventKind = "upkeep_failed"
 	// EventIdentityFailed: the name of a user could not be written.
 	EventIdentityFailed EventKind = "identity_failed"
 )
@@ -151,6 +192,14 @@ type Status struct {
 	Gap      Gap
 	SetAside []string // segments found damaged by Open
 	SyncErr  error    // of the last sync, nil when it succeeded
+	// Checkpoint is the latest one that was written since Open; nil before that.
+	Checkpoint *Checkpoint
+}
+
+// tip is the last commit.
+type tip struct {
+	seq  uint64
+	hash digest
 }
 
 // lead is what belongs to whoever leads.
@@ -165,6 +214,9 @@ type lead struct {
 	hash  digest
 	aside []string // set aside, to be named by the next header
 	group group
+
+	compressed bool  // num was found so by Open
+	size       int64 // of num then, before compression
 }
 
 // batch is what one commit takes.
@@ -222,9 +274,17 @@ type pace struct {
 	// carry is how long an outcome waits for a decision to share a write with, which
 	// saves every other write under load; 0 writes it at once.
 	carry time.Duration
+	// sign is how often a checkpoint is written while records come; one also follows
+	// the beginning of each segment, and Close. 0 writes none.
+	sign time.Duration
+	// rest is how long compression pauses for each unit of time that it works.
+	rest int
 }
 
-var defaultPace = pace{probe: time.Second, watch: time.Second, prune: time.Hour, carry: 5 * time.Millisecond}
+var defaultPace = pace{
+	probe: time.Second, watch: time.Second, prune: time.Hour, carry: 5 * time.Millisecond,
+	sign: 10 * time.Minute, rest: 4,
+}
 
 func open(cfg Config, fs files, p pace) (*Ledger, error) {
 	if cfg.Dir == "" {
@@ -256,7 +316,10 @@ func open(cfg Config, fs files, p pace) (*Ledger, error) {
 		open:     map[proxy.CallID]struct{}{},
 		events:   make(chan Event, 64),
 		outcomes: make(chan struct{}, 1),
+		begun:    make(chan struct{}, 1),
+		closing:  make(chan struct{}, 1),
 		delay:    p.carry,
+		signs:    p.sign > 0,
 		stop:     make(chan struct{}),
 	}
 	l.idle.L = &l.mu
@@ -278,16 +341,27 @@ func open(cfg Config, fs files, p pace) (*Ledger, error) {
 		l.lock.Close()
 		return nil, err
 	}
-	l.tasks.Add(3)
+	l.tasks.Add(4)
 	go l.watch(p)
-	go l.carry()
+	go l.carry(p)
 	go l.keep(p)
+	go l.tend(p)
 	return l, nil
 }
 
 // start recovers and gets ready to write. Nobody else knows the ledger yet.
 func (l *Ledger) start() error {
+	l.identities.pseudonymous = l.cfg.Pseudonymous
 	if err := l.identities.open(l.cfg.Dir); err != nil {
+		return err
+	}
+	if l.key = l.cfg.Key; l.key == nil {
+		var err error
+		if l.key, err = ownKey(l.cfg.Dir); err != nil {
+			return err
+		}
+	}
+	if err := publishKey(l.cfg.Dir, l.key.Public().(ed25519.PublicKey)); err != nil {
 		return err
 	}
 	last, err := l.recover()
@@ -299,6 +373,13 @@ func (l *Ledger) start() error {
 			return fmt.Errorf("open ledger segment: %w", err)
 		}
 		l.lead.day = day(l.cfg.Now())
+	}
+	l.tip = tip{l.lead.seq, l.lead.hash}
+	if l.id == "" {
+		l.id = uuid.NewString()
+		if err := l.keepFormerCheckpoint(); err != nil {
+			return err
+		}
 	}
 	for _, name := range l.status.SetAside {
 		l.emit(Event{Kind: EventSetAside, Segment: name, Err: errors.New("segment is damaged")})
@@ -314,6 +395,8 @@ func (l *Ledger) start() error {
 		return err
 	}
 	l.checkSpace()
+	wake(l.begun)
+	wake(l.closing)
 	return nil
 }
 
@@ -321,7 +404,7 @@ func (l *Ledger) start() error {
 func (l *Ledger) resumable(last *walk) bool {
 	began, err := time.Parse(time.RFC3339, last.header.Time)
 	return err == nil && day(began) == day(l.cfg.Now()) &&
-		len(l.lead.aside) == 0 && last.size == last.end && last.end < l.cfg.SegmentBytes &&
+		len(l.lead.aside) == 0 && !last.compressed() && last.size == last.end && last.end < l.cfg.SegmentBytes &&
 		last.header.Instance == l.cfg.Instance
 }
 
@@ -343,21 +426,22 @@ func (l *Ledger) recover() (*walk, error) {
 	if len(nums) > 0 {
 		l.lead.next = nums[len(nums)-1] + 1
 	}
-	var skip uint64 // numbers that what was set aside may have used
+	nums, last, skip, err := l.dropUnsynced(nums) // skip: numbers that what was set aside may have used
+	if err != nil {
+		return nil, err
+	}
 	for i := len(nums) - 1; i >= 0; i-- {
-		w, err := walkSegment(dir, nums[i], nil)
-		if err != nil {
-			return nil, err
+		w := last
+		if last = nil; w == nil {
+			if w, err = walkSegment(dir, nums[i], nil, nil); err != nil {
+				return nil, err
+			}
 		}
 		damaged := w.damaged()
 		if damaged {
-			name := w.name + ".damaged-" + l.cfg.Now().UTC().Format("20060102T150405Z")
-			if err := l.files.rename(segmentPath(dir, w.num), filepath.Join(segmentDir(dir), name)); err != nil {
-				return nil, fmt.Errorf("set damaged ledger segment aside: %w", err)
+			if err := l.setAside(w, errors.New(w.problem.String())); err != nil {
+				return nil, err
 			}
-			l.lead.aside = append(l.lead.aside, name)
-			l.status.SetAside = append(l.status.SetAside, name)
-			l.status.Err, l.status.ErrTime = errors.New(w.problem.String()), l.cfg.Now()
 			// Views know records by their numbers: none may come twice.
 			skip += uint64(w.size-w.end) / shortestLine
 			if w.end == 0 {
@@ -365,6 +449,11 @@ func (l *Ledger) recover() (*walk, error) {
 			}
 		}
 		l.lead.num, l.lead.end, l.lead.seq, l.lead.hash = w.num, w.end, w.seq+skip, w.hash
+		l.lead.compressed, l.lead.size = w.compressed(), w.size
+		l.id = w.header.Ledger
+		if w.sealed == w.seq {
+			l.covered = w.seq
+		}
 		for id := range w.open {
 			l.open[id] = struct{}{}
 			l.unfinished = append(l.unfinished, unfinished{id, "interrupted"})
@@ -462,13 +551,27 @@ func (l *Ledger) Finish(rec *proxy.Record) error {
 	return nil
 }
 
-// carry commits the outcomes that no decision took along in time.
-func (l *Ledger) carry() {
+// carry commits the outcomes that no decision took along in time, and checkpoints.
+func (l *Ledger) carry(p pace) {
 	defer l.tasks.Done()
+	var signing <-chan time.Time
+	if l.signs {
+		t := time.NewTicker(p.sign)
+		defer t.Stop()
+		signing = t.C
+	}
 	for {
 		select {
 		case <-l.stop:
 			return
+		case <-signing:
+			l.checkpoint()
+			continue
+		case <-l.begun:
+			if l.signs {
+				l.checkpoint()
+			}
+			continue
 		case <-l.outcomes:
 		}
 		select {
@@ -490,7 +593,8 @@ func (l *Ledger) carry() {
 // UserRef returns what stands for the user of t in every record: a keyed hash of
 // tenant and object id, 22 characters. Empty when t stands for no user or does not
 // say which. The first time a user is seen in a verified token, who that is goes to
-// the identities file; a token that only claims to be someone adds nothing there.
+// the identities file, unless Config.Pseudonymous; a token that only claims to be
+// someone adds nothing there, and neither does a user who was forgotten.
 func (l *Ledger) UserRef(t *policy.Token) string {
 	ref, err := l.identities.ref(t, l.cfg.Now)
 	if err != nil {
@@ -536,6 +640,11 @@ func (l *Ledger) Close() error {
 	if l.down == nil && (len(l.pending.lines) > 0 || !l.gap.empty() || len(l.unfinished) > 0) {
 		err = l.commit(false)
 	}
+	if l.signs && l.down == nil && l.tip.seq != l.covered {
+		c := sign(l.key, l.id, l.cfg.Now(), l.tip.seq, l.tip.hash)
+		l.signed = &c
+		err = errors.Join(err, l.commit(false))
+	}
 	l.mu.Unlock()
 
 	close(l.stop)
@@ -562,7 +671,7 @@ func (l *Ledger) Close() error {
 // commit, in which the caller's own line is.
 func (l *Ledger) leadOn(probe bool) error {
 	err := l.commit(probe)
-	for len(l.pending.lines) > 0 {
+	for len(l.pending.lines) > 0 || l.signed != nil {
 		if w := l.pending.wait; w != nil {
 			// A call of the next batch leads it: nobody works for others for ever.
 			w.lead <- struct{}{}
@@ -585,8 +694,8 @@ func (l *Ledger) commit(probe bool) error {
 	l.pending, l.spare = l.spare, nil
 	l.writing = b
 	l.commits++
-	w := write{now: l.cfg.Now(), batch: b, gap: l.gap, unfinished: l.unfinished}
-	l.gap, l.unfinished = Gap{}, nil
+	w := write{now: l.cfg.Now(), batch: b, gap: l.gap, unfinished: l.unfinished, checkpoint: l.signed}
+	l.gap, l.unfinished, l.signed = Gap{}, nil, nil
 	if ld := &l.lead; ld.f == nil || ld.torn || l.suspect || ld.end >= l.cfg.SegmentBytes || ld.day != day(w.now) {
 		w.fresh, w.open = true, l.standing(b)
 	}
@@ -601,8 +710,10 @@ func (l *Ledger) commit(probe bool) error {
 
 	l.writing = nil
 	l.status.Seq, l.status.Segment = l.lead.seq, l.lead.num
+	l.tip = tip{l.lead.seq, l.lead.hash}
 	if w.begun {
 		l.suspect, l.appeared = false, true
+		wake(l.begun)
 	}
 	if w.begun || w.stands {
 		l.dirty = l.lead.f
@@ -641,6 +752,13 @@ func (l *Ledger) settle(w *write) {
 	}
 	if !w.gap.empty() {
 		l.emit(Event{Kind: EventGap, Gap: w.gap})
+	}
+	if c := w.checkpoint; c != nil {
+		l.unsaved, l.status.Checkpoint = c, c
+		// One that stands alone right behind what it signs leaves nothing to sign.
+		if l.covered = c.Commit; l.tip.seq == c.Commit+2 {
+			l.covered = l.tip.seq
+		}
 	}
 }
 
@@ -725,6 +843,14 @@ func (l *Ledger) emit(e Event) {
 func (l *Ledger) put(p *[]byte) {
 	if cap(*p) <= 64<<10 {
 		l.members.Put(p)
+	}
+}
+
+// wake sends what a goroutine waits for, unless it is on its way already.
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
 	}
 }
 

@@ -395,18 +395,39 @@ func TestADamagedSegmentIsSetAside(t *testing.T) {
 	}
 }
 
-func TestANewerFormatIsNotTouched(t *testing.T) {
-	dir := t.TempDir()
-	mustClose(t, mustOpen(t, Config{Dir: dir}))
-	edit(t, dir, 1, func(l []string) []string {
-		l[0] = strings.Replace(l[0], `"version":1`, `"version":2`, 1)
-		return l
-	})
-	if _, err := Open(Config{Dir: dir, MinFree: -1}); !errors.Is(err, errVersion) {
-		t.Errorf("Open = %v, want errVersion", err)
-	}
-	if nums, _ := segments(dir); len(nums) != 1 {
-		t.Errorf("segments = %v, want the one left alone", nums)
+func TestAnotherFormatIsNotTouched(t *testing.T) {
+	for version, newer := range map[string]bool{"1": false, "3": true} {
+		dir := t.TempDir()
+		mustClose(t, mustOpen(t, Config{Dir: dir}))
+		edit(t, dir, 1, func(l []string) []string {
+			l[0] = strings.Replace(l[0], `"version":2`, `"version":`+version, 1)
+			return l
+		})
+		is := func(what string, err error) {
+			t.Helper()
+			var format *FormatError
+			if !errors.As(err, &format) || format.Newer() != newer || fmt.Sprint(format.Version) != version || format.Segment != "000000000001.jsonl" {
+				t.Errorf("%s of format %s = %v, want a FormatError", what, version, err)
+			}
+		}
+		_, err := Open(Config{Dir: dir, MinFree: -1})
+		is("Open", err)
+		_, err = Verify(dir, VerifyOptions{})
+		is("Verify", err)
+		_, err = ID(dir)
+		is("ID", err)
+		r, err := NewReader(dir, Position{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			_, err = r.Next()
+			is("Next", err)
+		}
+		r.Close()
+		if nums, _ := segments(dir); len(nums) != 1 {
+			t.Errorf("segments = %v, want the one left alone", nums)
+		}
 	}
 }
 
@@ -447,7 +468,7 @@ func TestVerifyNamesTheFirstBadRecord(t *testing.T) {
 		{"a deleted group", 2, func(l []string) []string { return slices.Delete(l, 4, 6) }, place{"000000000002.jsonl", 5}, "belongs"},
 		{"a repeated line", 2, func(l []string) []string { return slices.Insert(l, 4, l[4]) }, place{"000000000002.jsonl", 6}, "belongs"},
 		{"two lines in the wrong order", 2, swap(2, 4), place{"000000000002.jsonl", 3}, "belongs"},
-		{"a changed commit", 2, func(l []string) []string { l[5] = strings.Replace(l[5], `"hash":"`, `"hash":"A`, 1); return l }, place{"000000000002.jsonl", 6}, "commit"},
+		{"a changed commit", 2, func(l []string) []string { l[5] = strings.Replace(l[5], `"check":"`, `"check":"A`, 1); return l }, place{"000000000002.jsonl", 6}, "commit"},
 		{"a cut tail at a commit", 2, func(l []string) []string { return l[:len(l)-2] }, place{"000000000002.jsonl", -1}, "end of the segment is missing"},
 		{"a cut tail in a group", 2, func(l []string) []string { return l[:len(l)-1] }, place{"000000000002.jsonl", -1}, "end of the segment is missing"},
 		{"a changed header", 3, func(l []string) []string {
@@ -492,7 +513,7 @@ func TestVerifyShowsProgress(t *testing.T) {
 	}
 	mustClose(t, l)
 	var shown []int64
-	if _, err := Verify(dir, func(done, total int64) { shown = append(shown, done*100/total) }); err != nil {
+	if _, err := Verify(dir, VerifyOptions{Progress: func(done, total int64) { shown = append(shown, done*100/total) }}); err != nil {
 		t.Fatal(err)
 	}
 	if len(shown) < 2 || !slices.IsSorted(shown) {
@@ -768,7 +789,7 @@ func mustOpen(t testing.TB, cfg Config) *Ledger {
 		cfg.MinFree = -1
 	}
 	p := defaultPace
-	p.carry = 0 // what is finished can be read
+	p.carry, p.sign = 0, 0 // what is finished can be read, and nothing comes between
 	l, err := open(cfg, osFiles{}, p)
 	if err != nil {
 		t.Fatal(err)
@@ -779,7 +800,7 @@ func mustOpen(t testing.TB, cfg Config) *Ledger {
 func TestAnOutcomeGoesOutByItselfSoonAndWithTheNextDecisionSooner(t *testing.T) {
 	dir := t.TempDir()
 	p := defaultPace
-	p.carry = time.Hour
+	p.carry, p.sign = time.Hour, 0 // a checkpoint would take it along
 	l, err := open(Config{Dir: dir, MinFree: -1}, osFiles{}, p)
 	if err != nil {
 		t.Fatal(err)
@@ -788,17 +809,17 @@ func TestAnOutcomeGoesOutByItselfSoonAndWithTheNextDecisionSooner(t *testing.T) 
 	if err := errors.Join(l.Decide(first), l.Finish(first)); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := Verify(dir, nil); err != nil || r.Outcomes != 0 {
+	if r, err := Verify(dir, VerifyOptions{}); err != nil || r.Outcomes != 0 {
 		t.Errorf("%d outcomes at once, %v; want the one to wait", r.Outcomes, err)
 	}
 	if err := errors.Join(l.Decide(second), l.Finish(second)); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := Verify(dir, nil); err != nil || r.Outcomes != 1 {
+	if r, err := Verify(dir, VerifyOptions{}); err != nil || r.Outcomes != 1 {
 		t.Errorf("%d outcomes with the next decision, %v; want 1", r.Outcomes, err)
 	}
 	mustClose(t, l)
-	if r, err := Verify(dir, nil); err != nil || r.Outcomes != 2 {
+	if r, err := Verify(dir, VerifyOptions{}); err != nil || r.Outcomes != 2 {
 		t.Errorf("%d outcomes after Close, %v; want 2", r.Outcomes, err)
 	}
 
@@ -812,7 +833,7 @@ func TestAnOutcomeGoesOutByItselfSoonAndWithTheNextDecisionSooner(t *testing.T) 
 		t.Fatal(err)
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
-		if r, err := Verify(dir, nil); err != nil || time.Now().After(deadline) {
+		if r, err := Verify(dir, VerifyOptions{}); err != nil || time.Now().After(deadline) {
 			t.Fatalf("%d outcomes, %v; the third does not go out by itself", r.Outcomes, err)
 		} else if r.Outcomes == 3 {
 			return
@@ -843,7 +864,7 @@ func finish(t testing.TB, l *Ledger, rec *proxy.Record) {
 
 func verify(t testing.TB, dir string) Report {
 	t.Helper()
-	rep, err := Verify(dir, nil)
+	rep, err := Verify(dir, VerifyOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,9 @@ import (
 
 // Position is a place between two records. The zero Position is the beginning of
 // the oldest segment.
+//
+// It counts bytes of what the segment holds, compressed or not. Retention by tenant
+// leaves every place where it is.
 type Position struct {
 	Segment uint64 `json:"segment"`
 	Offset  int64  `json:"offset"`
@@ -36,7 +39,7 @@ func (e *DamageError) Error() string {
 
 // Entry is one committed record.
 type Entry struct {
-	Seq  uint64 // of the line; commits count too, so that records may be 2 apart
+	Seq  uint64 // of the line; commits and removed records count too
 	Type string // one of the Type constants
 	// Line is the whole JSON object without the line feed, valid until the next
 	// call of Next.
@@ -51,9 +54,10 @@ type Entry struct {
 // covers, but does not check the chain: that is Verify's. It is not safe for
 // concurrent use.
 type Reader struct {
-	dir string
-	f   *os.File // nil before the first segment was found
-	seg uint64
+	dir  string
+	f    *segmentFile // nil before the first segment was found
+	seg  uint64       // that f is
+	from uint64       // the first one that may come next
 
 	buf       []byte
 	base      int64 // offset in the file of buf[0]
@@ -61,8 +65,10 @@ type Reader struct {
 	committed int   // in buf: behind the last commit line
 	scanned   int   // in buf: behind the last complete line looked at
 	seq       uint64
+	check     []byte       // room for that of a commit
 	damage    *DamageError // in the group being read
 	last      bool         // a later segment exists, so that this one grows no more
+	broken    bool         // f cannot be read any further; damage says why
 }
 
 // readSize is how much a Reader asks for at a time.
@@ -84,31 +90,23 @@ func NewReader(dir string, from Position) (*Reader, error) {
 	if len(nums) == 0 || nums[len(nums)-1] < from.Segment {
 		return nil, fmt.Errorf("read ledger from segment %d: %w", from.Segment, ErrPosition)
 	}
+	r.from = from.Segment
 	if !slices.Contains(nums, from.Segment) {
-		r.seg = from.Segment
 		return r, nil
 	}
-	if err := r.open(from.Segment, from.Offset); err != nil {
-		if errors.Is(err, fs.ErrNotExist) { // removed just now
-			r.seg = from.Segment
-			return r, nil
-		}
+	switch err := r.open(from.Segment, from.Offset); {
+	case err == nil, errors.Is(err, fs.ErrNotExist): // removed just now
+		return r, nil
+	case errors.Is(err, io.EOF):
+		return nil, fmt.Errorf("read ledger segment %s from byte %d: %w", segmentName(from.Segment), from.Offset, ErrPosition)
+	default:
 		return nil, err
 	}
-	fi, err := r.f.Stat()
-	if err == nil && fi.Size() < from.Offset {
-		err = fmt.Errorf("read ledger segment %s from byte %d: %w", segmentName(from.Segment), from.Offset, ErrPosition)
-	}
-	if err != nil {
-		r.Close()
-		return nil, err
-	}
-	return r, nil
 }
 
 // Next returns the next record. io.EOF means that all that is committed has been
 // read; call again later. After a *DamageError Next goes on with the next group of
-// lines. Other errors come from the file system.
+// lines. A *FormatError stays. Other errors come from the file system.
 func (r *Reader) Next() (Entry, error) {
 	for r.next >= r.committed {
 		if r.f == nil {
@@ -123,7 +121,15 @@ func (r *Reader) Next() (Entry, error) {
 		if err := r.scan(); err != nil {
 			return Entry{}, err
 		}
-		if grew || r.next < r.committed {
+		if r.next < r.committed {
+			continue
+		}
+		if r.broken {
+			d := r.damage
+			r.Close()
+			return Entry{}, d
+		}
+		if grew {
 			continue
 		}
 		if r.last {
@@ -146,7 +152,7 @@ func (r *Reader) Next() (Entry, error) {
 	line := r.line(r.next)
 	seq, typ, _, _ := parseHead(line)
 	r.next += len(line)
-	r.skipCommits()
+	r.skip()
 	return Entry{
 		Seq:  seq,
 		Type: typ,
@@ -165,25 +171,33 @@ func (r *Reader) Close() error {
 	return err
 }
 
-// open begins with segment num at offset.
+// open begins with segment num at offset. The error wraps fs.ErrNotExist when it is
+// gone, and io.EOF when it has no such place.
 func (r *Reader) open(num uint64, offset int64) error {
-	f, err := os.Open(segmentPath(r.dir, num))
+	f, err := openSegment(r.dir, num)
 	if err != nil {
 		return fmt.Errorf("read ledger: %w", err)
 	}
 	r.Close()
-	*r = Reader{dir: r.dir, f: f, seg: num, buf: r.buf[:0], base: offset}
+	*r = Reader{dir: r.dir, f: f, seg: num, from: num + 1, buf: r.buf[:0], base: offset}
+	switch err := f.skip(offset); {
+	case errors.Is(err, errUnreadable):
+		r.breaks(err)
+	case err != nil:
+		r.Close()
+		return fmt.Errorf("read ledger: %w", err)
+	}
 	return nil
 }
 
-// advance opens the segment after r.seg; io.EOF when there is none yet.
+// advance opens the next segment; io.EOF when there is none yet.
 func (r *Reader) advance() error {
 	nums, err := segments(r.dir)
 	if err != nil {
 		return err
 	}
 	for _, n := range nums {
-		if n > r.seg || n == r.seg && r.f == nil {
+		if n >= r.from {
 			err := r.open(n, 0)
 			if errors.Is(err, fs.ErrNotExist) {
 				continue // retention was quicker
@@ -194,8 +208,17 @@ func (r *Reader) advance() error {
 	return io.EOF
 }
 
+// breaks notes that nothing more can be read of the segment.
+func (r *Reader) breaks(err error) {
+	r.bad(r.base+int64(len(r.buf)), err.Error())
+	r.broken = true
+}
+
 // fill reads on, and reports whether anything came.
 func (r *Reader) fill() (bool, error) {
+	if r.broken {
+		return false, nil
+	}
 	if r.next > 0 {
 		n := copy(r.buf, r.buf[r.next:])
 		r.buf = r.buf[:n]
@@ -206,9 +229,12 @@ func (r *Reader) fill() (bool, error) {
 	}
 	have := len(r.buf)
 	r.buf = slices.Grow(r.buf, readSize)
-	n, err := r.f.ReadAt(r.buf[have:have+readSize], r.base+int64(have))
+	n, err := r.f.Read(r.buf[have : have+readSize])
 	r.buf = r.buf[:have+n]
-	if err != nil && !errors.Is(err, io.EOF) {
+	switch {
+	case errors.Is(err, errUnreadable):
+		r.breaks(err)
+	case err != nil && !errors.Is(err, io.EOF):
 		return n > 0, fmt.Errorf("read ledger: %w", err)
 	}
 	return n > 0, nil
@@ -234,10 +260,17 @@ func (r *Reader) scan() error {
 		if ok {
 			r.seq = seq
 		}
+		if typ == TypeHeader {
+			var format *FormatError
+			if _, err := parseHeader(line, r.f.name); errors.As(err, &format) {
+				r.scanned -= len(line)
+				return format
+			}
+		}
 		if typ != typeCommit {
 			continue
 		}
-		if _, ok := parseCommit(rest); !ok {
+		if r.check, ok = parseCommit(r.check[:0], rest); !ok {
 			r.bad(at, "not a commit")
 			continue
 		}
@@ -253,7 +286,7 @@ func (r *Reader) scan() error {
 			return d
 		}
 		r.committed = r.scanned
-		r.skipCommits()
+		r.skip()
 	}
 }
 
@@ -263,12 +296,12 @@ func (r *Reader) bad(at int64, problem string) {
 	}
 }
 
-// skipCommits moves next over commit lines, so that Position never stands before
-// one that has been seen.
-func (r *Reader) skipCommits() {
+// skip moves next over commits and removed lines, so that a Position never stands
+// before one that has been seen.
+func (r *Reader) skip() {
 	for r.next < r.committed {
 		line := r.line(r.next)
-		if _, typ, _, _ := parseHead(line); typ != typeCommit {
+		if _, typ, _, _ := parseHead(line); typ != typeCommit && typ != typeRemoved {
 			return
 		}
 		r.next += len(line)
@@ -294,6 +327,9 @@ func Tail(dir string) (Position, time.Time, error) {
 	}
 	num := nums[len(nums)-1]
 	f, err := os.Open(segmentPath(dir, num))
+	if errors.Is(err, fs.ErrNotExist) {
+		return compressedTail(dir, num)
+	}
 	if err != nil {
 		return Position{}, time.Time{}, fmt.Errorf("read ledger: %w", err)
 	}
@@ -317,12 +353,26 @@ func Tail(dir string) (Position, time.Time, error) {
 	}
 }
 
+// compressedTail is Tail of a ledger whose last segment is compressed: one behind it
+// was set aside, and the next has not begun.
+func compressedTail(dir string, num uint64) (Position, time.Time, error) {
+	fi, err := os.Stat(compressedPath(dir, num))
+	if err != nil {
+		return Position{}, time.Time{}, fmt.Errorf("read ledger: %w", err)
+	}
+	w, err := walkSegment(dir, num, nil, nil)
+	if err != nil {
+		return Position{}, time.Time{}, err
+	}
+	return Position{Segment: num, Offset: w.end}, fi.ModTime(), nil
+}
+
 // lastCommit returns where the last commit line in buf ends, 0 if there is none.
 func lastCommit(buf []byte) int {
 	for end := bytes.LastIndexByte(buf, '\n') + 1; end > 0; {
 		start := bytes.LastIndexByte(buf[:end-1], '\n') + 1
 		if _, typ, rest, ok := parseHead(buf[start:end]); ok && typ == typeCommit {
-			if _, ok := parseCommit(rest); ok {
+			if _, ok := parseCommit(nil, rest); ok {
 				return end
 			}
 		}

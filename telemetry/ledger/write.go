@@ -3,6 +3,7 @@ package ledger
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"time"
 
@@ -14,7 +15,8 @@ import (
 type write struct {
 	now        time.Time
 	batch      *batch
-	gap        Gap // goes first
+	gap        Gap         // goes first
+	checkpoint *Checkpoint // goes before the lines of the batch; nil for none
 	unfinished []unfinished
 	fresh      bool           // in a new segment
 	open       []proxy.CallID // for its header
@@ -22,6 +24,10 @@ type write struct {
 	begun  bool // the new segment has begun
 	stands bool // the lines are in the file, though perhaps not on the disk
 }
+
+// maxCheckpointLag is how many records may come between what a checkpoint signs and
+// its line; well within checkpointReach.
+const maxCheckpointLag = checkpointReach / 2
 
 // write appends one group in one write. The caller leads and does not hold mu.
 func (l *Ledger) write(w *write) error {
@@ -31,7 +37,11 @@ func (l *Ledger) write(w *write) error {
 			return err
 		}
 	}
-	if w.gap.empty() && len(w.unfinished) == 0 && len(w.batch.lines) == 0 {
+	if w.checkpoint != nil && ld.seq-w.checkpoint.Commit > maxCheckpointLag {
+		w.checkpoint = nil
+		wake(l.begun)
+	}
+	if w.gap.empty() && len(w.unfinished) == 0 && len(w.batch.lines) == 0 && w.checkpoint == nil {
 		return nil
 	}
 	g := &ld.group
@@ -42,6 +52,9 @@ func (l *Ledger) write(w *write) error {
 	for _, u := range w.unfinished {
 		rec := proxy.Record{Decided: proxy.Decided{Call: u.call}, Finished: proxy.Finished{Error: u.why}}
 		g.line(TypeOutcome, telemetry.AppendOutcome(nil, &rec))
+	}
+	if w.checkpoint != nil {
+		g.line(TypeCheckpoint, w.checkpoint.appendMembers(nil))
 	}
 	start := 0
 	for i := range w.batch.lines {
@@ -77,6 +90,7 @@ func (l *Ledger) write(w *write) error {
 func (l *Ledger) begin(w *write) error {
 	ld := &l.lead
 	h := header{
+		Ledger:   l.id,
 		Instance: l.cfg.Instance,
 		Time:     w.now.UTC().Format(telemetry.TimeLayout),
 		SetAside: ld.aside,
@@ -86,10 +100,12 @@ func (l *Ledger) begin(w *write) error {
 		h.Prev, h.PrevHash = segmentName(ld.num), encodeHash(ld.hash)
 		// One that was set aside is gone from under its name, and nothing is said of
 		// what it ends with.
-		fi, err := os.Stat(segmentPath(l.cfg.Dir, ld.num))
-		if err == nil {
+		switch fi, err := os.Stat(segmentPath(l.cfg.Dir, ld.num)); {
+		case err == nil:
 			h.Torn = fi.Size() - ld.end
-		} else if len(ld.aside) == 0 {
+		case errors.Is(err, fs.ErrNotExist) && ld.compressed:
+			h.Torn = ld.size - ld.end
+		case len(ld.aside) == 0:
 			return fmt.Errorf("begin ledger segment: %w", err)
 		}
 	}
@@ -109,6 +125,7 @@ func (l *Ledger) begin(w *write) error {
 	ld.f = nil
 	ld.num, ld.next, ld.end = ld.next, ld.next+1, int64(len(lines))
 	ld.seq, ld.hash, ld.torn, ld.aside, ld.day = seq, hash, false, nil, day(w.now)
+	ld.compressed = false
 
 	if l.cfg.SyncAlways {
 		if err := l.files.syncDir(segmentDir(l.cfg.Dir)); err != nil {

@@ -73,9 +73,11 @@ func (j *judge) adoption(ctx context.Context) error {
 				}
 			}
 		}
+		j.result.Adoption.Here += loose
 		for _, r := range rows {
 			app := strings.ToLower(string(r.AppID))
 			t := found[app]
+			j.result.Adoption.Here += here[app]
 			t.ComparedDays++
 			t.Microsoft += int64(r.TotalCount)
 			t.Here += here[app] + loose
@@ -91,10 +93,15 @@ func (j *judge) adoption(ctx context.Context) error {
 		if i < maxApplications {
 			j.result.Applications = append(j.result.Applications, t.Application)
 		}
+		sum := &j.result.Adoption
+		sum.Applications++
+		sum.Requests += t.Requests
+		sum.Compliant += t.Compliant
+		sum.Microsoft += t.Microsoft
 		excess := t.Microsoft - t.own - t.direct - t.Here
 		f := Finding{
 			Severity: Medium, Confidence: policy.Possible.String(), AppID: t.AppID, App: t.Name, Calls: int(excess),
-			First: t.first, Last: t.last, Integrations: j.ours.uses(j.ours.apps[t.AppID]),
+			First: t.first, Last: t.last, Integrations: j.ours.usesOf(t.AppID),
 		}
 		switch {
 		case i >= maxFindings || t.ComparedDays == 0 || excess <= 0:
@@ -103,6 +110,9 @@ func (j *judge) adoption(ctx context.Context) error {
 			f.Code = ApplicationNotSeen
 			f.NonCompliant = int(max(0, t.Requests-t.Compliant))
 			f.Text = fmt.Sprintf("Microsoft counts %s of an application that never passed the guard.", requests(int(excess)))
+			if len(f.Integrations) > 0 {
+				f.Text = fmt.Sprintf("Microsoft counts %s of the application of %s, and none passed the guard.", requests(int(excess)), namesOf(f.Integrations))
+			}
 			f.Fix = "Find out whose it is (Entra admin center, App registrations and Enterprise applications) and point it at the guard."
 		case excess > max(minExcess, t.Microsoft/10):
 			f.Code = ApplicationPartlySeen

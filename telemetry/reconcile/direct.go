@@ -53,6 +53,14 @@ func (j *judge) judgeRequests(ctx context.Context) error {
 			if n.Listed++; r.byAttributes {
 				n.ByAttributes++
 			}
+			switch {
+			case !r.call.verified:
+			case r.call.mfa == policy.MFAPresent.String():
+				n.MFAPresent++
+			case r.call.mfa == policy.MFAAbsent.String():
+				n.MFAMissing++
+			}
+			n.judged(r.compliant)
 			continue
 		case j.ours.first.IsZero() || r.at.Before(j.ours.first) || j.ours.lag > 0 && r.at.After(j.ours.until.Add(-j.cfg.Skew)):
 			n.Outside++
@@ -62,6 +70,7 @@ func (j *judge) judgeRequests(ctx context.Context) error {
 			continue
 		}
 		n.Direct++
+		n.judged(r.compliant)
 		hour := r.at.Unix() / 3600
 		gap, known := gaps[hour]
 		if !known {
@@ -90,6 +99,16 @@ func (j *judge) judgeRequests(ctx context.Context) error {
 		j.find(j.directFinding(g))
 	}
 	return nil
+}
+
+// judged counts Microsoft's word on a request.
+func (n *Requests) judged(compliant apiFlag) {
+	switch compliant {
+	case saidTrue:
+		n.Compliant++
+	case saidFalse:
+		n.NonCompliant++
+	}
 }
 
 func (j *judge) addDirect(r *listed, gap bool) {
@@ -142,7 +161,7 @@ func (j *judge) directFinding(g *directGroup) Finding {
 	f := Finding{
 		Code: DirectCalls, Severity: Medium, Confidence: policy.Likely.String(),
 		AppID: g.app, App: j.appName(g.app), ObjectID: g.object, User: g.upn, Source: g.source,
-		Integrations: j.ours.uses(j.ours.apps[g.app]),
+		Integrations: j.ours.usesOf(g.app),
 		Calls:        g.calls, NonCompliant: g.nonCompliant, First: g.first.UTC(), Last: g.last.UTC(), RequestID: g.ids,
 	}
 	f.Operations = mostFrequent(g.operations)

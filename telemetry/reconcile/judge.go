@@ -223,8 +223,8 @@ func (j *judge) integrations() {
 		}
 	}
 	for _, g := range j.direct {
-		if uses := j.ours.uses(j.ours.apps[g.app]); len(uses) == 1 {
-			of(j.ours.apps[g.app][0].Integration).Direct += g.calls
+		if uses := j.ours.usesOf(g.app); len(uses) == 1 {
+			of(uses[0].Name).Direct += g.calls
 		}
 	}
 	for _, g := range j.match.missed {
@@ -290,8 +290,13 @@ func (j *judge) keep() error {
 	if w := j.result.Windows[requestsAPI]; w.State != Absent && len(j.ms.apis[requestsAPI].defects) == 0 {
 		k.Ended = later(k.Ended, w.Until.Add(-j.cfg.Delay)).UTC()
 	}
+	// Another run may have ended since this one began: what it asked stays known.
+	last := j.last
+	if now, err := readKept(j.cfg.Dir); err == nil {
+		last = now
+	}
 	old := j.result.Taken.Add(-keptByMicrosoft - 24*time.Hour)
-	for _, own := range slices.Concat(j.last.Own, j.ms.own) {
+	for _, own := range slices.Concat(last.Own, j.ms.own) {
 		if own.Time.After(old) {
 			k.Own = append(k.Own, own)
 		}

@@ -4,9 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"time"
 )
@@ -15,7 +13,6 @@ const (
 	resultFile    = "reconcile.json"
 	resultFormat  = "partnerguard-reconcile"
 	resultVersion = 1
-	maxResult     = 64 << 20
 )
 
 // ErrNoResult says that a data directory holds no result of an earlier run.
@@ -49,16 +46,11 @@ type kept struct {
 // readKept reads the file. The error wraps ErrNoResult when there is none.
 func readKept(dir string) (*kept, error) {
 	name := filepath.Join(dir, resultFile)
-	f, err := os.Open(name)
-	if errors.Is(err, fs.ErrNotExist) {
+	data, err := readKeptFile(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("read %s: %w", name, ErrNoResult)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read the last result: %w", err)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxResult+1))
-	if err != nil {
+	case err != nil && !errors.Is(err, errTooLarge):
 		return nil, fmt.Errorf("read the last result: %w", err)
 	}
 	const aside = "move the file away: the next run begins anew, and may miss what Microsoft no longer lists"
@@ -69,9 +61,10 @@ func readKept(dir string) (*kept, error) {
 		Format  string
 		Version int
 	}
+	if err != nil {
+		return nil, bad(fmt.Sprintf("is larger than %d MiB: it is not reconcile's", maxKeptFile>>20))
+	}
 	switch err := json.Unmarshal(data, &head); {
-	case len(data) > maxResult:
-		return nil, bad(fmt.Sprintf("is larger than %d MiB: it is not reconcile's", maxResult>>20))
 	case err != nil && !json.Valid(data):
 		return nil, bad("is damaged: it is no JSON")
 	case err != nil || head.Format != resultFormat:
@@ -98,20 +91,5 @@ func (k *kept) write(dir string) (err error) {
 			err = &hintedError{fmt.Errorf("keep the result: %w", err), "the next run does not know of this one; does the user have write access to the data directory?"}
 		}
 	}()
-	data, err := json.Marshal(k)
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(dir, resultFile+".*") // 0600
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(data, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), filepath.Join(dir, resultFile))
-	}
-	if err != nil {
-		os.Remove(f.Name())
-	}
-	return err
+	return replaceKeptFile(dir, resultFile, k)
 }

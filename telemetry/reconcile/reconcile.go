@@ -38,6 +38,7 @@ type Result struct {
 	Findings     []Finding     `json:"findings"`     // the most severe first
 	Integrations []Integration `json:"integrations"` // that Microsoft lists requests of
 	Applications []Application `json:"applications"` // that Microsoft counts requests of; at most 1,000
+	Adoption     Adoption      `json:"adoption"`     // of all applications
 	Notes        []string      `json:"notes,omitempty"`
 }
 
@@ -70,6 +71,11 @@ type Requests struct {
 	// record.
 	Outside   int `json:"outside"`
 	Undecided int `json:"undecided"` // too many calls of ours have their id
+
+	Compliant    int `json:"compliant"`     // of Listed and Direct, with MFA by Microsoft's word
+	NonCompliant int `json:"non_compliant"` // of Listed and Direct, without
+	MFAPresent   int `json:"mfa_present"`   // of Listed, with MFA by the guard's word
+	MFAMissing   int `json:"mfa_missing"`   // of Listed, without
 
 	ByAttributes int `json:"by_attributes"` // of Listed, those found by app, user, operation and time
 	Unlisted     int `json:"unlisted"`      // calls of ours that Microsoft should list and does not
@@ -129,6 +135,13 @@ const (
 	WindowIncomplete = "window_incomplete"
 )
 
+// Codes are the codes of findings, all there are.
+func Codes() []string {
+	return []string{
+		DirectCalls, ApplicationNotSeen, ApplicationPartlySeen, VerdictDiffers, NonCompliantPrincipal, NonCompliantPrincipalNotSeen, UnlistedCalls, WindowIncomplete,
+	}
+}
+
 // The severities of findings.
 const (
 	High   = "high"   // it will break, or goes round the guard without MFA
@@ -170,6 +183,18 @@ type Application struct {
 	Here         int64 `json:"here"`
 }
 
+// Adoption sums up Microsoft's counts of requests. The first three are those of
+// Application.
+type Adoption struct {
+	Requests  int64 `json:"requests"`
+	Compliant int64 `json:"compliant"`
+	Microsoft int64 `json:"microsoft"`
+	// Here counts our calls on the days that Microsoft counts: those of no known app
+	// are in it once for each of these days.
+	Here         int64 `json:"here"`
+	Applications int   `json:"applications"`
+}
+
 // Config says what to hold against what. Dir, Store and either From or URL and Token
 // are required.
 type Config struct {
@@ -202,7 +227,8 @@ type Config struct {
 	// Skew is how far Microsoft's time of a call may be from ours. Zero is 5 min, which
 	// Entra allows, too.
 	Skew time.Duration
-	// Integrations are those of the configuration; the owner given there counts.
+	// Integrations are those of the configuration; the owner given there counts, and an
+	// app whose calls never came by is theirs when they name it.
 	Integrations []report.Integration
 	// Now is the clock. Nil is time.Now.
 	Now func() time.Time
@@ -284,6 +310,7 @@ type ours struct {
 	apps         map[string][]*store.Sum // by app, in lower case
 	users        map[string][]*store.Sum // by object id, in lower case
 	verdicts     map[string]report.Group // by integration
+	configured   map[string][]string     // integrations by app, in lower case
 }
 
 func readOurs(ctx context.Context, cfg *Config) (*ours, error) {
@@ -292,7 +319,12 @@ func readOurs(ctx context.Context, cfg *Config) (*ours, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := &ours{until: now.Add(-lag), lag: lag, apps: map[string][]*store.Sum{}, users: map[string][]*store.Sum{}, verdicts: map[string]report.Group{}}
+	o := &ours{until: now.Add(-lag), lag: lag, apps: map[string][]*store.Sum{}, users: map[string][]*store.Sum{}, verdicts: map[string]report.Group{}, configured: map[string][]string{}}
+	for _, in := range cfg.Integrations {
+		for _, app := range in.Apps {
+			o.configured[strings.ToLower(app)] = append(o.configured[strings.ToLower(app)], in.Name)
+		}
+	}
 	if o.identities, err = cfg.Store.Identities(ctx); err != nil {
 		return nil, err
 	}
@@ -368,6 +400,18 @@ func (o *ours) uses(sums []*store.Sum) []Use {
 	slices.SortFunc(uses, func(a, b Use) int {
 		return cmp.Or(-cmp.Compare(a.Calls, b.Calls), strings.Compare(a.Name, b.Name))
 	})
+	return uses[:min(len(uses), maxUses)]
+}
+
+// usesOf are the integrations that have app: those whose calls came by, else those that
+// the configuration knows by it.
+func (o *ours) usesOf(app string) []Use {
+	uses := o.uses(o.apps[app])
+	if len(uses) == 0 && app != "" {
+		for _, name := range o.configured[app] {
+			uses = append(uses, o.use(name))
+		}
+	}
 	return uses[:min(len(uses), maxUses)]
 }
 

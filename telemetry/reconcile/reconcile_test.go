@@ -904,7 +904,7 @@ func TestWriteTable(t *testing.T) {
 		"Microsoft's records against ours: 1 finding, 1 high\n", "as of 2026-06-10 12:00 UTC\n",
 		"Judged from 2026-06-03 12:00 UTC to 2026-06-10 12:00 UTC: 3 requests, 2 that the guard recorded, 1\n  that it did not\n",
 		"partnerRequests                   complete     3  2026-06-03 12:00  2026-06-10 12:00\n",
-		"high      direct_calls ", attic, "direct_calls: high, likely\n", "  Fix: Point it at the guard", `\x1b[31m`,
+		"high     direct_calls ", attic, "direct_calls: high, likely\n", "  Fix: Point it at the guard", `\x1b[31m`,
 		"will-break  sync         sync@contoso.example",
 	} {
 		if !strings.Contains(text, want) {

@@ -61,7 +61,7 @@ type SignInIntegration struct {
 	Name     string          `json:"name"`
 	Owner    string          `json:"owner,omitempty"`
 	Calls    int64           `json:"calls"`
-	Tokens   int64           `json:"tokens"`    // the sum of the next four
+	Tokens   int64           `json:"tokens"`    // with an id (uti); the sum of the next four
 	ByUTI    int64           `json:"by_uti"`    // whose sign-in is in the log
 	ByTime   int64           `json:"by_time"`   // with a sign-in of the same app and user about then
 	NotFound int64           `json:"not_found"` // issued in the time of the log, which has no sign-in for them
@@ -77,7 +77,7 @@ type SignInCause struct {
 	Confidence string      `json:"confidence"` // certain when a sign-in joined by uti shows it
 	Fix        string      `json:"fix"`
 	Tokens     int64       `json:"tokens,omitempty"`
-	Calls      int64       `json:"calls,omitempty"`
+	Calls      int64       `json:"calls,omitempty"`    // without MFA, of the apps and users whose tokens show it
 	SignIns    int64       `json:"sign_ins,omitempty"` // of a stranger
 	Evidence   []Evidence  `json:"evidence"`           // at most 8; empty for a mere candidate
 	Principals []Principal `json:"principals,omitempty"`
@@ -128,10 +128,10 @@ type Stranger struct {
 // Findings reports whether there is anything to act on.
 func (s *SignIns) Findings() bool { return len(s.Integrations)+len(s.Strangers) > 0 }
 
-// CallRecords are the calls that the sign-ins are compared with; store.Reader reads
-// them.
+// CallRecords are the calls that the sign-ins are compared with, in sums and tokens:
+// single calls may be many millions. store.Reader reads them.
 type CallRecords interface {
-	Calls(ctx context.Context, f store.Filter, yield func(store.Call) error) error
+	Tokens(ctx context.Context, since, until time.Time, yield func(store.Token) error) error
 	Sums(ctx context.Context, since, until time.Time) ([]store.Sum, error)
 	Identities(ctx context.Context) (map[string]store.Identity, error)
 }

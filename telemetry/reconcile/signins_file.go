@@ -4,8 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
+	"io/fs"
 	"path/filepath"
 )
 
@@ -15,28 +14,10 @@ const signInsFile = "signins.json"
 // signInsVersion is that of SignIns as it is kept.
 const signInsVersion = 1
 
-// maxSignInsFile is far more than SaveSignIns writes.
-const maxSignInsFile = 64 << 20
-
 // SaveSignIns keeps s in the data directory dir, in place of what was there, whole or
 // not at all. Only the owner may read it: it holds names of users and addresses.
 func SaveSignIns(dir string, s *SignIns) error {
-	data, err := json.Marshal(s)
-	if err != nil {
-		return fmt.Errorf("keep sign-ins: %w", err)
-	}
-	name := filepath.Join(dir, signInsFile)
-	f, err := os.CreateTemp(dir, signInsFile+".*.tmp") // 0600
-	if err != nil {
-		return fmt.Errorf("keep sign-ins: %w", err)
-	}
-	_, err = f.Write(append(data, '\n'))
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), name)
-	}
-	if err != nil {
-		os.Remove(f.Name())
+	if err := replaceKeptFile(dir, signInsFile, s); err != nil {
 		return fmt.Errorf("keep sign-ins: %w", err)
 	}
 	return nil
@@ -46,14 +27,9 @@ func SaveSignIns(dir string, s *SignIns) error {
 // fs.ErrNotExist when there is nothing; else it has a method Hint() string.
 func LoadSignIns(dir string) (*SignIns, error) {
 	name := filepath.Join(dir, signInsFile)
-	f, err := os.Open(name)
-	if err != nil {
+	data, err := readKeptFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("load sign-ins: %w", err)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxSignInsFile+1))
-	if err == nil && len(data) > maxSignInsFile {
-		err = fmt.Errorf("it has more than %d MiB", maxSignInsFile>>20)
 	}
 	var s SignIns
 	if err == nil {

@@ -69,6 +69,7 @@ type tokenGroup struct {
 	principal   signer // user is zero when it is not known
 	latest      lackingCall
 	calls       int64
+	refused     bool     // some by Microsoft, whatever is in their tokens
 	tokens      [4]int64 // by token.how
 	shown       []tally
 }
@@ -88,7 +89,7 @@ type seenToken struct {
 	iat   int64  // seconds since 1970
 	group uint32 // index in groups
 	next  uint32 // index in tokens of the same token in another group; 0 for none
-	calls uint32
+	mfa   bool   // it has the claim
 	how   uint8
 	gap   int32 // seconds between iat and near
 	near  *shown
@@ -112,7 +113,7 @@ type tally struct {
 	code       string
 	confidence policy.Confidence
 	tokens     int64
-	calls      int64
+	calls      int64 // of the groups that it is about
 	evidence   []Evidence
 	id         uuid.UUID
 	at         time.Time
@@ -157,9 +158,9 @@ func (j *signInJoin) principalOf(app, ref string) (p signer, known bool) {
 	return p, ok
 }
 
-// readCallers finds out who passed the guard. Sums are by route, customer and more, so
-// that those of a month can be many, while the callers in them are few: it reads those
-// of an hour first, and of more where they are not too many.
+// readCallers finds out who passed the guard, and which of these lack MFA. Sums are by
+// route and more, so that those of a month can be many, while the callers in them are
+// few: it reads those of an hour first, and of more where they are not too many.
 func (j *signInJoin) readCallers(ctx context.Context) error {
 	var err error
 	if j.identities, err = j.cfg.Records.Identities(ctx); err != nil {
@@ -172,10 +173,14 @@ func (j *signInJoin) readCallers(ctx context.Context) error {
 			return err
 		}
 		for _, s := range sums {
+			if s.Integration == "" {
+				continue
+			}
 			// What only an unverified token claims says nothing about who called.
-			if s.Integration != "" && s.Verified && s.AppID != "" {
+			if s.Verified && s.AppID != "" {
 				j.addCaller(s)
 			}
+			j.addLacking(s)
 		}
 		since = since.Add(step)
 		switch n := len(sums); {
@@ -216,34 +221,59 @@ func (j *signInJoin) addCaller(s store.Sum) {
 	}
 }
 
-// readTokens finds the tokens of the calls that lack MFA, the latest days first
+// addLacking adds the calls of s if they lack MFA: by their tokens, or because
+// Microsoft refused them for that or for their audience.
+func (j *signInJoin) addLacking(s store.Sum) {
+	reason, rejection := policy.Reason(s.Reason), policy.Rejection(s.Rejection)
+	refused := rejection == policy.RejectionMFARequired || rejection == policy.RejectionAudienceRefused
+	if reason != policy.ReasonMFAMissing && reason != policy.ReasonMFAUnknown && !refused {
+		return
+	}
+	key := tokenGroupKey{s.Integration, s.AppID, s.UserRef}
+	at, ok := j.byGroup[key]
+	if !ok && len(j.groups) >= maxGroups {
+		key = tokenGroupKey{integration: s.Integration} // the rest of it
+		at, ok = j.byGroup[key]
+	}
+	if !ok {
+		g := &tokenGroup{integration: s.Integration}
+		if p, known := j.principalOf(key.app, key.user); known {
+			g.principal = p
+		} else {
+			g.principal.app = p.app
+		}
+		at = uint32(len(j.groups))
+		j.groups = append(j.groups, g)
+		j.byGroup[key] = at
+	}
+	g := j.groups[at]
+	g.calls += s.Calls
+	g.refused = g.refused || refused
+	if !s.Last.Before(g.latest.time) {
+		g.owner = s.Owner
+		g.latest = lackingCall{s.Last, s.Token(), reason, rejection, s.Code}
+	}
+	j.rows += s.Calls
+}
+
+// readTokens finds the tokens of the calls that lack MFA, those of the latest days first
 // until there are enough.
 func (j *signInJoin) readTokens(ctx context.Context) error {
 	j.lookedAt = j.cfg.Since
-	for until := j.cfg.Now; until.After(j.cfg.Since); until = until.Add(-24 * time.Hour) {
-		since := until.Add(-24 * time.Hour)
+	const day = 24 * time.Hour
+	for until := j.cfg.Now; until.After(j.cfg.Since) && len(j.groups) > 0; until = until.Add(-day) {
+		since := until.Add(-day)
 		if since.Before(j.cfg.Since) {
 			since = j.cfg.Since
 		}
-		missing, unknown := string(policy.ReasonMFAMissing), string(policy.ReasonMFAUnknown)
-		for _, f := range []store.Filter{{Reason: missing}, {Reason: unknown}, {Status: "401"}, {Status: "403"}} {
-			f.Since, f.Until = since, until
-			err := j.cfg.Records.Calls(ctx, f, func(c store.Call) error {
-				if f.Status != "" && (c.Reason == missing || c.Reason == unknown ||
-					c.Rejection != string(policy.RejectionMFARequired) && c.Rejection != string(policy.RejectionAudienceRefused)) {
-					return nil
-				}
-				j.addCall(&c)
-				if j.rows++; j.rows%1024 == 0 {
-					j.progress("", 0)
-				}
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-			j.progress("", 0)
+		err := j.cfg.Records.Tokens(ctx, since, until, func(t store.Token) error {
+			j.addToken(&t)
+			return nil
+		})
+		if err != nil {
+			return err
 		}
+		j.progress("", 0)
 		if len(j.tokens) > maxTokens {
 			j.lookedAt = until
 			break
@@ -261,51 +291,27 @@ func (j *signInJoin) readTokens(ctx context.Context) error {
 	return nil
 }
 
-func (j *signInJoin) addCall(c *store.Call) {
-	key := tokenGroupKey{c.Integration, c.AppID, c.UserRef}
-	at, ok := j.byGroup[key]
-	if !ok && len(j.groups) >= maxGroups {
-		key = tokenGroupKey{integration: c.Integration} // the rest of it
-		at, ok = j.byGroup[key]
-	}
+// addToken adds t if it is of calls that lack MFA, once for each group.
+func (j *signInJoin) addToken(t *store.Token) {
+	at, ok := j.byGroup[tokenGroupKey{t.Integration, t.AppID, t.UserRef}]
 	if !ok {
-		g := &tokenGroup{integration: c.Integration}
-		if p, known := j.principalOf(key.app, key.user); known {
-			g.principal = p
-		} else {
-			g.principal.app = p.app
-		}
-		at = uint32(len(j.groups))
-		j.groups = append(j.groups, g)
-		j.byGroup[key] = at
-	}
-	g := j.groups[at]
-	g.calls++
-	if !c.Time.Before(g.latest.time) {
-		g.owner = c.Owner
-		g.latest = lackingCall{c.Time, c.Token(), policy.Reason(c.Reason), policy.Rejection(c.Rejection), c.Code}
-	}
-	var k tokenKey
-	switch {
-	case c.UTI != "":
-		k = keyOf([]byte(c.UTI))
-	case c.IssuedAt != 0:
-		k = keyOf(fmt.Appendf(nil, "no uti, %d, %d", at, c.IssuedAt))
-	default:
-		return // nothing to look for
-	}
-	first := j.byToken[k]
-	for i := first; i != 0; i = j.tokens[i].next {
-		if j.tokens[i].group == at {
-			j.tokens[i].calls++
+		if at, ok = j.byGroup[tokenGroupKey{integration: t.Integration}]; !ok {
 			return
 		}
 	}
-	if len(j.tokens) > maxTokens {
+	mfa := t.MFA == policy.MFAPresent.String()
+	if mfa && !j.groups[at].refused || t.MFA == policy.MFANotApplicable.String() || t.UTI == "" || len(j.tokens) > maxTokens {
 		return
 	}
-	j.tokens = append(j.tokens, seenToken{key: k, iat: c.IssuedAt, group: at, next: first, calls: 1})
-	j.byToken[k] = uint32(len(j.tokens) - 1)
+	key := keyOf([]byte(t.UTI))
+	first := j.byToken[key]
+	for i := first; i != 0; i = j.tokens[i].next {
+		if j.tokens[i].group == at {
+			return
+		}
+	}
+	j.tokens = append(j.tokens, seenToken{key: key, iat: t.IssuedAt, group: at, next: first, mfa: mfa})
+	j.byToken[key] = uint32(len(j.tokens) - 1)
 }
 
 // readInput reads one file.
@@ -505,15 +511,15 @@ func (j *signInJoin) joinToken(s *signIn, first uint32, ours bool) {
 		switch {
 		case g.latest.rejection == policy.RejectionAudienceRefused:
 			if !ours {
-				g.count(j.wrongAudience(s), t.calls, false, s.id, s.at)
+				g.count(j.wrongAudience(s), false, s.id, s.at)
 			}
 			continue
-		case g.latest.token.MFA == policy.MFAPresent:
+		case t.mfa:
 			continue // the log has nothing to add: Microsoft takes another claim for MFA
 		case ps == nil:
 			ps = j.keep(s.proofs()).proofs
 		}
-		g.count(ps, t.calls, false, s.id, s.at)
+		g.count(ps, false, s.id, s.at)
 	}
 }
 
@@ -600,16 +606,16 @@ func (j *signInJoin) text(b []byte) string {
 }
 
 // count adds what a token's sign-in shows. guessed says that it may be another's.
-func (g *tokenGroup) count(ps []proof, calls uint32, guessed bool, id uuid.UUID, at time.Time) {
+func (g *tokenGroup) count(ps []proof, guessed bool, id uuid.UUID, at time.Time) {
 	for _, p := range ps {
 		if guessed {
 			p.confidence = min(p.confidence, policy.Likely)
 		}
-		g.shown = addProof(g.shown, p, 1, int64(calls), id, at)
+		g.shown = addProof(g.shown, p, 1, id, at)
 	}
 }
 
-func addProof(to []tally, p proof, tokens, calls int64, id uuid.UUID, at time.Time) []tally {
+func addProof(to []tally, p proof, tokens int64, id uuid.UUID, at time.Time) []tally {
 	i := slices.IndexFunc(to, func(t tally) bool { return t.code == p.code })
 	if i < 0 {
 		i = len(to)
@@ -618,7 +624,6 @@ func addProof(to []tally, p proof, tokens, calls int64, id uuid.UUID, at time.Ti
 	t := &to[i]
 	t.confidence = max(t.confidence, p.confidence)
 	t.tokens += tokens
-	t.calls += calls
 	for _, e := range p.evidence {
 		if len(t.evidence) < maxEvidence && !slices.Contains(t.evidence, e) {
 			t.evidence = append(t.evidence, e)
@@ -697,6 +702,6 @@ func (j *signInJoin) addStranger(s *signIn) {
 	for _, p := range j.keep(s.proofs()).proofs {
 		// Without its token, nobody knows what claims it has.
 		p.confidence = min(p.confidence, policy.Likely)
-		w.shown = addProof(w.shown, p, 1, 0, s.id, s.at)
+		w.shown = addProof(w.shown, p, 1, s.id, s.at)
 	}
 }

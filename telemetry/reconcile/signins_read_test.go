@@ -264,7 +264,7 @@ func TestSkippedRowsAreCountedAndTheFirstNamed(t *testing.T) {
 	for range 25 {
 		text.WriteString("{\"createdDateTime\": \"soon\"}\n")
 	}
-	s := readSignIns(t, fixedCalls(nil), text.String())
+	s := readSignIns(t, fixedTokens(nil), text.String())
 	if len(s.Skipped) != 10 || s.Rows != (SignInRows{Read: 26, Kept: 1, Skipped: 25}) {
 		t.Errorf("%d are named of %+v", len(s.Skipped), s.Rows)
 	}
@@ -302,7 +302,7 @@ func TestForeignFilesAreRefused(t *testing.T) {
 		{"gzip twice", zipped(whole), "it is compressed twice", "gunzip"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s, err := ReadSignIns(t.Context(), SignInConfig{Records: fixedCalls(nil), Inputs: signInTexts(page, tt.text), Now: tokenTime.Add(time.Hour)})
+			s, err := ReadSignIns(t.Context(), SignInConfig{Records: fixedTokens(nil), Inputs: signInTexts(page, tt.text), Now: tokenTime.Add(time.Hour)})
 			var bad *InputError
 			if !errors.As(err, &bad) || s != nil {
 				t.Fatalf("%+v, %v; want an *InputError and nothing else", s, err)
@@ -313,14 +313,14 @@ func TestForeignFilesAreRefused(t *testing.T) {
 		})
 	}
 	t.Run("a file that is not there", func(t *testing.T) {
-		_, err := ReadSignIns(t.Context(), SignInConfig{Records: fixedCalls(nil), Now: tokenTime, Inputs: []SignInInput{{"x", func() (io.ReadCloser, error) { return os.Open("nowhere") }}}})
+		_, err := ReadSignIns(t.Context(), SignInConfig{Records: fixedTokens(nil), Now: tokenTime, Inputs: []SignInInput{{"x", func() (io.ReadCloser, error) { return os.Open("nowhere") }}}})
 		if !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("error %v", err)
 		}
 	})
 	t.Run("a disk that fails", func(t *testing.T) {
 		broken := io.MultiReader(strings.NewReader(page[:len(page)-20]), iotest.ErrReader(errNotAsked))
-		_, err := ReadSignIns(t.Context(), SignInConfig{Records: fixedCalls(nil), Now: tokenTime, Inputs: []SignInInput{{"x", func() (io.ReadCloser, error) { return io.NopCloser(broken), nil }}}})
+		_, err := ReadSignIns(t.Context(), SignInConfig{Records: fixedTokens(nil), Now: tokenTime, Inputs: []SignInInput{{"x", func() (io.ReadCloser, error) { return io.NopCloser(broken), nil }}}})
 		if !errors.Is(err, errNotAsked) || !strings.Contains(err.Error(), "after 1 rows") {
 			t.Errorf("error %v", err)
 		}
@@ -337,7 +337,7 @@ func TestAFileThatEndsTooEarlyIsFlagged(t *testing.T) {
 		"JSON": page[:len(page)/2], "JSON, compressed": zipped(page)[:len(zipped(page))/2], "CSV, compressed": zipped(table)[:len(zipped(table))/2],
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := readSignIns(t, fixedCalls(nil), text)
+			s := readSignIns(t, fixedTokens(nil), text)
 			if notes := strings.Join(s.Notes, " "); !s.Incomplete || s.Rows.Kept < 20 || s.Rows.Skipped != 1 || !strings.Contains(notes, "export-1: the file ends inside this row") {
 				t.Errorf("%+v, incomplete %v, notes %s", s.Rows, s.Incomplete, notes)
 			}
@@ -357,9 +357,7 @@ func FuzzSignIns(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	ours := fixedCalls{{ID: "1", Decided: store.Decided{
-		Time: tokenTime, Integration: "billing", AppID: signInApp, Verified: true, Kind: "app_user", MFA: "absent", Reason: "mfa_missing", UTI: sampleUTI, IssuedAt: tokenTime.Unix(),
-	}}}
+	ours := fixedTokens{{Integration: "billing", AppID: signInApp, Verified: true, MFA: "absent", UTI: sampleUTI, IssuedAt: tokenTime.Unix()}}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		s, err := ReadSignIns(t.Context(), SignInConfig{Records: ours, Inputs: signInTexts(string(data)), Now: tokenTime.Add(time.Hour)})
 		if (s == nil) == (err == nil) {
@@ -396,7 +394,10 @@ func FuzzSignIns(f *testing.F) {
 	})
 }
 
-var signInRowCount = flag.Int("signin-rows", 50_000, "rows of the exports of TestAnExportIsReadInBoundedMemory")
+// To read a million rows, which takes half a minute:
+//
+//	go test -run TestAnExportIsReadInBoundedMemory -v ./telemetry/reconcile -signin-rows 1000000
+var signInRowCount = flag.Int("signin-rows", longRows, "rows of the exports of TestAnExportIsReadInBoundedMemory")
 
 // longExport is a JSON export of n sign-ins, of some 1.7 KiB each as Graph's are, that
 // is made as it is read. Every fifth is to Partner Center, by one of 5,000 users.
@@ -448,16 +449,14 @@ func longExport(t testing.TB, n int, form string) iter.Seq[[]byte] {
 func TestAnExportIsReadInBoundedMemory(t *testing.T) {
 	const bound = 40 << 20 // bytes in use, with 1,000,000 rows and as many tokens as are looked up
 	n := *signInRowCount
-	calls := make([]store.Call, 0, n/5)
+	calls := make([]store.Token, 0, n/5)
 	for i := range min(n/5, maxTokens) {
 		var id uuid.UUID
 		k := i * 5
 		id[0], id[1], id[2], id[3], id[15] = byte(k), byte(k>>8), byte(k>>16), byte(k>>24), byte(1+i%2)
-		c := store.Call{ID: fmt.Sprint(i), Decided: store.Decided{
-			Time: tokenTime, Integration: "billing", AppID: signInApp, Verified: true, Kind: "app_user", MFA: "absent", Reason: "mfa_missing",
-			UTI: encodeUTI(id), UserRef: fmt.Sprint("ref-", i%5000), IssuedAt: tokenTime.Unix(), AMR: []string{"pwd"},
-		}}
-		calls = append(calls, c)
+		calls = append(calls, store.Token{
+			Integration: "billing", AppID: signInApp, Verified: true, MFA: "absent", UTI: encodeUTI(id), UserRef: fmt.Sprint("ref-", i%5000), IssuedAt: tokenTime.Unix(),
+		})
 	}
 	for _, form := range []string{"JSON", "CSV"} {
 		t.Run(form, func(t *testing.T) {
@@ -481,7 +480,7 @@ func TestAnExportIsReadInBoundedMemory(t *testing.T) {
 			asked := 0
 			begin := time.Now()
 			s, err := ReadSignIns(t.Context(), SignInConfig{
-				Records: fixedCalls(calls), Now: tokenTime.Add(time.Hour),
+				Records: fixedTokens(calls), Now: tokenTime.Add(time.Hour),
 				Inputs: []SignInInput{{"long", func() (io.ReadCloser, error) { return from, nil }}},
 				Progress: func(p SignInProgress) {
 					if asked++; asked%32 != 0 || p.File == "" {
@@ -522,7 +521,7 @@ func BenchmarkSignIns(b *testing.B) {
 			}
 			b.SetBytes(int64(text.Len()))
 			for b.Loop() {
-				s, err := ReadSignIns(b.Context(), SignInConfig{Records: fixedCalls(nil), Now: tokenTime, Inputs: []SignInInput{{"x", func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(text.Bytes())), nil }}}})
+				s, err := ReadSignIns(b.Context(), SignInConfig{Records: fixedTokens(nil), Now: tokenTime, Inputs: []SignInInput{{"x", func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(text.Bytes())), nil }}}})
 				if err != nil || s.Rows.Read != rows {
 					b.Fatal(s, err)
 				}
@@ -532,13 +531,13 @@ func BenchmarkSignIns(b *testing.B) {
 	}
 }
 
-// fixedCalls are calls that lack MFA, of users whom nobody knows.
-type fixedCalls []store.Call
+// fixedTokens are tokens that lack MFA, of users whom nobody knows.
+type fixedTokens []store.Token
 
-func (c fixedCalls) Calls(_ context.Context, f store.Filter, yield func(store.Call) error) error {
-	for _, call := range c {
-		if f.Reason == call.Reason && !call.Time.Before(f.Since) && call.Time.Before(f.Until) {
-			if err := yield(call); err != nil {
+func (f fixedTokens) Tokens(_ context.Context, since, until time.Time, yield func(store.Token) error) error {
+	for _, t := range f {
+		if at := time.Unix(t.IssuedAt, 0); !at.Before(since) && at.Before(until) {
+			if err := yield(t); err != nil {
 				return err
 			}
 		}
@@ -546,5 +545,18 @@ func (c fixedCalls) Calls(_ context.Context, f store.Filter, yield func(store.Ca
 	return nil
 }
 
-func (fixedCalls) Sums(context.Context, time.Time, time.Time) ([]store.Sum, error) { return nil, nil }
-func (fixedCalls) Identities(context.Context) (map[string]store.Identity, error)   { return nil, nil }
+func (f fixedTokens) Sums(_ context.Context, since, until time.Time) (sums []store.Sum, err error) {
+	users := map[string]bool{}
+	for _, t := range f {
+		if at := time.Unix(t.IssuedAt, 0).UTC(); !users[t.UserRef] && !at.Before(since) && at.Before(until) {
+			users[t.UserRef] = true
+			sums = append(sums, store.Sum{
+				Dim:   store.Dim{Integration: t.Integration, AppID: t.AppID, UserRef: t.UserRef, Verified: true, Kind: "app_user", MFA: t.MFA, Reason: "mfa_missing"},
+				Calls: 1, First: at, Last: at,
+			})
+		}
+	}
+	return sums, nil
+}
+
+func (fixedTokens) Identities(context.Context) (map[string]store.Identity, error) { return nil, nil }

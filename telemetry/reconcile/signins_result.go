@@ -33,7 +33,7 @@ func (j *signInJoin) settle() {
 			switch {
 			case t.near != nil:
 				t.how = byTime
-				g.count(t.near.proofs, t.calls, true, t.id, time.Unix(t.at, 0).UTC())
+				g.count(t.near.proofs, true, t.id, time.Unix(t.at, 0).UTC())
 			case t.iat != 0 && (t.iat < begin || t.iat > end):
 				t.how = outside
 			default:
@@ -162,7 +162,8 @@ func (j *signInJoin) explain(groups []*tokenGroup) []SignInCause {
 			latest = &g.latest
 		}
 		for _, t := range g.shown {
-			all = addProof(all, proof{t.code, t.confidence, t.evidence}, t.tokens, t.calls, t.id, t.at)
+			all = addProof(all, proof{t.code, t.confidence, t.evidence}, t.tokens, t.id, t.at)
+			all[slices.IndexFunc(all, func(a tally) bool { return a.code == t.code })].calls += g.calls
 			if g.principal.app != uuid.Nil && len(who[t.code]) < maxPrincipals {
 				who[t.code] = append(who[t.code], g.principal.shown())
 			}

@@ -1,52 +1,31 @@
 package reconcile
 
 import (
-	"bytes"
-	"encoding/json"
 	"fmt"
 	"io"
 	"path/filepath"
 	"slices"
 	"strings"
-	"unicode/utf8"
 
 	"github.com/partnerguard/partnerguard/telemetry/report"
 )
 
 // WriteSignInsJSON writes s as one JSON document.
-func WriteSignInsJSON(w io.Writer, s *SignIns) error {
-	var buf bytes.Buffer
-	enc := json.NewEncoder(&buf)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", "  ")
-	if err := enc.Encode(s); err != nil {
-		return err
-	}
-	_, err := w.Write(buf.Bytes())
-	return err
-}
+func WriteSignInsJSON(w io.Writer, s *SignIns) error { return report.EncodeJSON(w, s, "  ") }
 
-const (
-	bold   = "1"
-	red    = "31"
-	yellow = "33"
-
-	strangersShown = 50
-)
+// strangersShown is how many strangers a table lists.
+const strangersShown = 50
 
 // WriteSignIns writes s for people: for each integration the causes with their
 // evidence and the fix, then who never passed the guard.
 func WriteSignIns(w io.Writer, s *SignIns, style report.Style) error {
-	t := signInTable{width: 120, color: style.Color}
-	if style.Width > 0 {
-		t.width = max(style.Width, 80)
-	}
+	t := signInTable{style: style}
 	strangers := int64(len(s.Strangers)) + s.MoreStrangers
 	if s.Findings() {
-		t.line(t.paint(bold, fmt.Sprintf("Sign-ins: %s, %s", countOf(int64(len(s.Integrations)), "integration to mend", "integrations to mend"),
+		t.line(t.style.Paint(report.Bold, fmt.Sprintf("Sign-ins: %s, %s", countOf(int64(len(s.Integrations)), "integration to mend", "integrations to mend"),
 			countOf(strangers, "caller that never passed the guard", "callers that never passed the guard"))))
 	} else {
-		t.line(t.paint(bold, "Sign-ins: nothing to mend"))
+		t.line(t.style.Paint(report.Bold, "Sign-ins: nothing to mend"))
 	}
 	rows := fmt.Sprintf("%s of %s", countOf(s.Rows.Read, "row"), countOf(int64(len(s.Files)), "file"))
 	if !s.Since.IsZero() {
@@ -54,14 +33,14 @@ func WriteSignIns(w io.Writer, s *SignIns, style report.Style) error {
 	}
 	t.line(fmt.Sprintf("%s: %d kept, %d of other APIs, %d not understood", rows, s.Rows.Kept, s.Rows.Dropped, s.Rows.Skipped))
 	if s.Incomplete {
-		t.wrap("", "", t.paint(yellow, "The export is incomplete:")+" what is missing here may stand in the rest of it.")
+		t.wrap("", "", t.style.Paint(report.Yellow, "The export is incomplete:")+" what is missing here may stand in the rest of it.")
 	}
 	for _, in := range s.Integrations {
 		t.integration(&in)
 	}
 	if len(s.Strangers) > 0 {
 		t.line("")
-		t.line(t.paint(bold, "Never passed the guard: signs in to Partner Center without MFA, by another way or not seen yet"))
+		t.line(t.style.Paint(report.Bold, "Never passed the guard: signs in to Partner Center without MFA, by another way or not seen yet"))
 		for _, st := range s.Strangers[:min(strangersShown, len(s.Strangers))] {
 			t.stranger(&st)
 		}
@@ -92,8 +71,7 @@ func WriteSignIns(w io.Writer, s *SignIns, style report.Style) error {
 // signInTable is the text so far.
 type signInTable struct {
 	strings.Builder
-	width int
-	color bool
+	style report.Style
 }
 
 func (t *signInTable) integration(in *SignInIntegration) {
@@ -102,7 +80,7 @@ func (t *signInTable) integration(in *SignInIntegration) {
 		head += ", owner " + signInText([]byte(in.Owner))
 	}
 	t.line("")
-	t.line(t.paint(bold, head))
+	t.line(t.style.Paint(report.Bold, head))
 	if in.Calls > 0 {
 		parts := []string{}
 		for _, p := range []struct {
@@ -132,7 +110,7 @@ func (t *signInTable) integration(in *SignInIntegration) {
 		if f.Code < 0 {
 			label = "an error that the export does not name"
 		}
-		t.wrap("  "+t.paint(red, "failing")+"   ", hang, fmt.Sprintf("%s ×%d, last %s, and no success since: %s", label, f.Count, minuteOf(f.Last), f.Text))
+		t.wrap("  "+t.style.Paint(report.Red, "failing")+"   ", hang, fmt.Sprintf("%s ×%d, last %s, and no success since: %s", label, f.Count, minuteOf(f.Last), f.Text))
 		t.wrap(hang, hang, "By "+named(f.Principals))
 		if f.Fix != "" {
 			t.wrap(hang+"Fix: ", hang+"     ", f.Fix)
@@ -149,10 +127,13 @@ func (t *signInTable) cause(c *SignInCause) {
 		t.wrap(hang+"Evidence: ", hang+"          ", evidence(c.Evidence))
 	}
 	var facts []string
-	if c.Calls > 0 {
-		facts = append(facts, fmt.Sprintf("%s, %s", countOf(c.Tokens, "token"), countOf(c.Calls, "call")))
+	if c.Tokens > 0 {
+		facts = append(facts, countOf(c.Tokens, "token"))
 	}
-	if len(c.Principals) > 0 {
+	switch {
+	case len(c.Principals) > 0 && c.Calls > 0:
+		facts = append(facts, countOf(c.Calls, "call")+" without MFA by "+named(c.Principals))
+	case len(c.Principals) > 0:
 		facts = append(facts, named(c.Principals))
 	}
 	if c.SignIn != "" {
@@ -176,7 +157,7 @@ func (t *signInTable) stranger(s *Stranger) {
 	if s.User != "" {
 		user = s.User
 	}
-	t.line("  " + t.paint(bold, user) + "  " + app)
+	t.line("  " + t.style.Paint(report.Bold, user) + "  " + app)
 	facts := fmt.Sprintf("%d of %s without MFA, last %s", s.SingleFactor, countOf(s.SignIns, "sign-in"), minuteOf(s.Last))
 	if len(s.Addresses) > 0 {
 		facts += "; from " + strings.Join(s.Addresses, ", ")
@@ -234,30 +215,6 @@ func named(ps []Principal) string {
 
 func (t *signInTable) line(s string) { t.WriteString(s + "\n") }
 
-func (t *signInTable) paint(code, text string) string {
-	if !t.color {
-		return text
-	}
-	return "\x1b[" + code + "m" + text + "\x1b[0m"
-}
-
-// wrap writes text in lines of at most t.width columns, the first behind first, the
-// others behind rest. Words are not cut.
 func (t *signInTable) wrap(first, rest, text string) {
-	t.WriteString(first)
-	at, begun := utf8.RuneCountInString(first), false
-	for word := range strings.FieldsSeq(text) {
-		n := utf8.RuneCountInString(word)
-		if begun && at+1+n > t.width {
-			t.WriteString("\n" + rest)
-			at, begun = utf8.RuneCountInString(rest), false
-		}
-		if begun {
-			t.WriteByte(' ')
-			at++
-		}
-		t.WriteString(word)
-		at, begun = at+n, true
-	}
-	t.WriteByte('\n')
+	t.WriteString(report.Wrap(text, first, rest, t.style.Columns()))
 }

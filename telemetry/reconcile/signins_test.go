@@ -371,7 +371,7 @@ func TestTokensAreFoundInTheLog(t *testing.T) {
 			"what is certain comes first",
 			[]changeCall{callWithoutMFA, tokenIssued(10 * time.Minute), tokenIssued(20 * time.Minute)},
 			[]map[string]any{logged("authenticationProtocol", "ropc"), loggedAt(10, refresh...), loggedAt(20, refresh...)},
-			[]string{"billing 3 calls, 3 tokens: 1 2 0 0", "password_grant certain 1/1: authenticationProtocol=ropc", "refresh_token_without_mfa likely 2/2: " + said},
+			[]string{"billing 3 calls, 3 tokens: 1 2 0 0", "password_grant certain 1/3: authenticationProtocol=ropc", "refresh_token_without_mfa likely 2/3: " + said},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -577,8 +577,9 @@ billing, owner billing@contoso.example
   2 calls without accepted MFA, 2 tokens: 1 in the log, 1 not in the log
   certain   The token comes from the password grant (ROPC), which cannot do MFA at all.
             Evidence: authenticationProtocol=ropc
-            1 token, 1 call; sam@contoso.example with app 7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11;
-            latest sign-in 3f2a9c10-7b4d-4e21-a6c8-0d5e1f708b00 of 2026-06-10 08:00
+            1 token; 2 calls without MFA by sam@contoso.example with app
+            7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11; latest sign-in
+            3f2a9c10-7b4d-4e21-a6c8-0d5e1f708b00 of 2026-06-10 08:00
             Fix: Move to the Secure Application Model: sign in once interactively with MFA and store
                  the refresh token. Where the API allows app-only calls, use client credentials
                  instead.

@@ -2,24 +2,17 @@ package reconcile
 
 import (
 	"cmp"
-	"encoding/json"
 	"fmt"
 	"io"
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/partnerguard/partnerguard/telemetry/report"
 )
 
 // WriteJSON writes r as one JSON document.
-func WriteJSON(w io.Writer, r *Result) error {
-	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", "  ")
-	return enc.Encode(r)
-}
+func WriteJSON(w io.Writer, r *Result) error { return report.EncodeJSON(w, r, "  ") }
 
 // maxDetails is how many findings a table explains; the JSON has all.
 const maxDetails = 20
@@ -27,14 +20,8 @@ const maxDetails = 20
 // WriteTable writes r for people: whether all is clear, what Microsoft's windows
 // cover, a line for each finding, and for each what to do.
 func WriteTable(w io.Writer, r *Result, style report.Style) error {
-	width := max(cmp.Or(style.Width, 120), 80)
-	paint := func(code, text string) string {
-		if !style.Color {
-			return text
-		}
-		return "\x1b[" + code + "m" + text + "\x1b[0m"
-	}
-	colors := map[string]string{High: "31", Medium: "33", Low: "33"}
+	width := style.Columns()
+	colors := map[string]string{High: report.Red, Medium: report.Yellow, Low: report.Yellow}
 	var b strings.Builder
 	high, found := 0, 0
 	for _, f := range r.Findings {
@@ -45,19 +32,19 @@ func WriteTable(w io.Writer, r *Result, style report.Style) error {
 			found++
 		}
 	}
-	head, color := "all clear", "32"
+	head, color := "all clear", report.Green
 	switch {
 	case high > 0:
-		head, color = fmt.Sprintf("%s, %d high", counted(found, "finding"), high), "31"
+		head, color = fmt.Sprintf("%s, %d high", counted(found, "finding"), high), report.Red
 	case found > 0:
-		head, color = counted(found, "finding"), "33"
+		head, color = counted(found, "finding"), report.Yellow
 	case !r.Complete:
-		head, color = "nothing found", "33"
+		head, color = "nothing found", report.Yellow
 	}
 	if !r.Complete {
 		head += "; incomplete"
 	}
-	fmt.Fprintf(&b, "Microsoft's records against ours: %s\n", paint("1;"+color, head))
+	fmt.Fprintf(&b, "Microsoft's records against ours: %s\n", style.Paint(report.Bold+";"+color, head))
 	fmt.Fprintf(&b, "%s, as of %s\n", r.Source, clock(r.Taken))
 	q := r.Requests
 	judged := "No request was judged"
@@ -76,33 +63,38 @@ func WriteTable(w io.Writer, r *Result, style report.Style) error {
 			judged += fmt.Sprintf(", %d %s", part.n, part.text)
 		}
 	}
-	b.WriteString(fill(judged, "", "  ", width) + "\n")
+	b.WriteString(report.Wrap(judged, "", "  ", width) + "\n")
 
-	windows := textTable{head: []string{"MICROSOFT'S WINDOW", "STATE", "ROWS", "FROM (UTC)", "UNTIL (UTC)"}, right: 1 << 2}
+	windows := report.Table{Columns: []report.Column{
+		{Head: "MICROSOFT'S WINDOW", Left: true}, {Head: "STATE", Left: true}, {Head: "ROWS"}, {Head: "FROM (UTC)", Left: true}, {Head: "UNTIL (UTC)", Left: true},
+	}}
 	for _, win := range r.Windows {
-		windows.row(win.API, win.State, strconv.Itoa(win.Rows), minute(win.From), minute(win.Until))
+		windows.Row("", win.API, win.State, strconv.Itoa(win.Rows), minute(win.From), minute(win.Until))
 	}
-	windows.write(&b, width, nil)
+	windows.Write(&b, "", style)
 
 	if len(r.Integrations) > 0 {
 		b.WriteByte('\n')
-		t := textTable{head: []string{"VERDICT", "INTEGRATION", "OWNER", "MS: WITH MFA", "MS: NO MFA", "DIRECT", "UNLISTED"}, right: 0b1111000, flexible: 0b110}
+		t := report.Table{Columns: []report.Column{
+			{Head: "VERDICT", Left: true}, {Head: "INTEGRATION", Left: true, Flexible: true}, {Head: "OWNER", Left: true, Flexible: true},
+			{Head: "MS:\nWITH MFA"}, {Head: "MS:\nNO MFA"}, {Head: "DIRECT"}, {Head: "UNLISTED"},
+		}}
 		for _, in := range r.Integrations {
-			t.row(in.Verdict.String(), in.Name, cmp.Or(in.Owner, "-"), dash(in.Compliant), dash(in.NonCompliant), dash(in.Direct), dash(in.Unlisted))
+			t.Row("", in.Verdict.String(), in.Name, in.Owner, dash(in.Compliant), dash(in.NonCompliant), dash(in.Direct), dash(in.Unlisted))
 		}
-		t.write(&b, width, nil)
+		t.Write(&b, "", style)
 	}
 	if len(r.Findings) > 0 {
 		b.WriteByte('\n')
-		t := textTable{head: []string{"SEVERITY", "FINDING", "WHOSE", "USER", "SOURCE", "CALLS", "NO MFA", "LAST (UTC)"}, right: 0b1100000, flexible: 0b11100}
+		t := report.Table{Columns: []report.Column{
+			{Head: "SEVERITY", Left: true}, {Head: "FINDING", Left: true}, {Head: "WHOSE", Left: true, Flexible: true}, {Head: "USER", Left: true, Flexible: true},
+			{Head: "SOURCE", Left: true, Flexible: true}, {Head: "CALLS"}, {Head: "NO\nMFA"}, {Head: "LAST (UTC)", Left: true},
+		}}
 		for i := range r.Findings {
 			f := &r.Findings[i]
-			t.row(f.Severity, f.Code, dashText(whose(f)), dashText(cmp.Or(f.User, f.ObjectID)), dashText(f.Source), dash(f.Calls), dash(f.NonCompliant), minute(f.Last))
+			t.Row(colors[f.Severity], f.Severity, f.Code, dashText(whose(f)), dashText(cmp.Or(f.User, f.ObjectID)), dashText(f.Source), dash(f.Calls), dash(f.NonCompliant), minute(f.Last))
 		}
-		t.write(&b, width, func(line string) string {
-			cell, rest, _ := strings.Cut(line, " ")
-			return paint(colors[cell], cell) + " " + rest
-		})
+		t.Write(&b, "", style)
 	}
 	for i := range r.Findings {
 		if i == maxDetails {
@@ -110,18 +102,18 @@ func WriteTable(w io.Writer, r *Result, style report.Style) error {
 			break
 		}
 		f := &r.Findings[i]
-		fmt.Fprintf(&b, "\n%s: %s, %s\n", f.Code, paint(colors[f.Severity], f.Severity), f.Confidence)
-		b.WriteString(fill(f.Text, "  ", "  ", width))
+		fmt.Fprintf(&b, "\n%s: %s, %s\n", f.Code, style.Paint(colors[f.Severity], f.Severity), f.Confidence)
+		b.WriteString(report.Wrap(f.Text, "  ", "  ", width))
 		if facts := factsOf(f); facts != "" {
-			b.WriteString(fill(facts, "  ", "  ", width))
+			b.WriteString(report.Wrap(facts, "  ", "  ", width))
 		}
-		b.WriteString(fill("Fix: "+f.Fix, "  ", "       ", width))
+		b.WriteString(report.Wrap("Fix: "+f.Fix, "  ", "       ", width))
 	}
 	for i, note := range r.Notes {
 		if i == 0 {
 			b.WriteByte('\n')
 		}
-		b.WriteString(fill(note, "Note: ", "      ", width))
+		b.WriteString(report.Wrap(note, "Note: ", "      ", width))
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -174,90 +166,4 @@ func minute(t time.Time) string {
 		return "-"
 	}
 	return t.UTC().Format("2006-01-02 15:04")
-}
-
-// textTable lays out cells in columns. right and flexible are sets of columns, a bit
-// each: those of numbers, and those that may be cut where the width does not do.
-type textTable struct {
-	head            []string
-	right, flexible uint
-	rows            [][]string
-}
-
-func (t *textTable) row(cells ...string) { t.rows = append(t.rows, cells) }
-
-// write writes the table; paint, if any, may colour a line.
-func (t *textTable) write(b *strings.Builder, width int, paint func(line string) string) {
-	const gap = 2
-	widths := make([]int, len(t.head))
-	total := gap * (len(t.head) - 1)
-	for i, h := range t.head {
-		widths[i] = utf8.RuneCountInString(h)
-		for _, r := range t.rows {
-			widths[i] = max(widths[i], utf8.RuneCountInString(r[i]))
-		}
-		total += widths[i]
-	}
-	for ; total > width; total-- {
-		widest := -1
-		for i, n := range widths {
-			if t.flexible&(1<<i) != 0 && n > 10 && (widest < 0 || n > widths[widest]) {
-				widest = i
-			}
-		}
-		if widest < 0 {
-			break
-		}
-		widths[widest]--
-	}
-	line := func(cells []string) string {
-		var l strings.Builder
-		for i, text := range cells {
-			if r := []rune(text); len(r) > widths[i] {
-				text = string(r[:widths[i]-1]) + "…"
-			}
-			space := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(text))
-			if i > 0 {
-				l.WriteString(strings.Repeat(" ", gap))
-			}
-			if t.right&(1<<i) != 0 {
-				l.WriteString(space + text)
-			} else {
-				l.WriteString(text + space)
-			}
-		}
-		return strings.TrimRight(l.String(), " ")
-	}
-	b.WriteString(line(t.head) + "\n")
-	for _, r := range t.rows {
-		text := line(r)
-		if paint != nil {
-			text = paint(text)
-		}
-		b.WriteString(text + "\n")
-	}
-}
-
-// fill breaks text into lines of at most width columns, the first behind first, the
-// others behind rest. Words are not cut.
-func fill(text, first, rest string, width int) string {
-	var b strings.Builder
-	b.WriteString(first)
-	at, begun := utf8.RuneCountInString(first), false
-	for word := range strings.FieldsSeq(text) {
-		n := utf8.RuneCountInString(word)
-		switch {
-		case !begun:
-		case at+1+n > width:
-			b.WriteString("\n" + rest)
-			at = utf8.RuneCountInString(rest)
-		default:
-			b.WriteByte(' ')
-			at++
-		}
-		b.WriteString(word)
-		at, begun = at+n, true
-	}
-	b.WriteByte('\n')
-	return b.String()
 }

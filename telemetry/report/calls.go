@@ -21,7 +21,7 @@ func WriteCallJSON(w io.Writer, c *store.Call, identities map[string]store.Ident
 		}
 	}
 	id := identities[c.UserRef]
-	return encodeJSON(w, struct {
+	return EncodeJSON(w, struct {
 		*store.Call
 		User   string  `json:"user,omitempty"`
 		Causes []Cause `json:"causes,omitempty"`
@@ -62,7 +62,7 @@ func (t *CallsTable) Row(c *store.Call) error {
 		for _, col := range callColumns {
 			names = append(names, col.name)
 		}
-		b.WriteString(t.style.paint(bold, t.line(names)) + "\n")
+		b.WriteString(t.style.Paint(Bold, t.line(names)) + "\n")
 	}
 	user := UserName(t.identities, c.UserRef)
 	if user != "" && !c.Verified {
@@ -81,20 +81,20 @@ func (t *CallsTable) Row(c *store.Call) error {
 	})
 	switch {
 	case c.Rejection == string(policy.RejectionMFARequired):
-		line = t.style.paint(red, line)
+		line = t.style.Paint(Red, line)
 	case c.Rejection != "" || c.Effect == policy.Reject.String():
-		line = t.style.paint(yellow, line)
+		line = t.style.Paint(Yellow, line)
 	}
 	b.WriteString(line + "\n")
 	if c.Rejection != "" {
-		b.WriteString(wrap(diagnosis(c), "    ", "    ", t.style.width()))
+		b.WriteString(Wrap(diagnosis(c), "    ", "    ", t.style.Columns()))
 	}
 	_, err := io.WriteString(t.w, b.String())
 	return err
 }
 
 func (t *CallsTable) line(cells []string) string {
-	route := t.style.width()
+	route := t.style.Columns()
 	for _, col := range callColumns {
 		route -= col.width + 1
 	}

@@ -30,6 +30,9 @@ type Report struct {
 	Integrations []Group `json:"integrations,omitzero"`
 	Groups       []Group `json:"groups,omitzero"`
 
+	// Microsoft is the estate as Microsoft sees it; nil when nobody asked yet.
+	Microsoft *Microsoft `json:"microsoft,omitempty"`
+
 	Gaps  *Gaps    `json:"gaps,omitempty"`  // nil when every call is accounted for
 	Notes []string `json:"notes,omitempty"` // what the numbers cannot say
 	Calls int64    `json:"calls"`
@@ -64,12 +67,15 @@ type Group struct {
 	Refusals     map[string]int64 `json:"refusals"`     // Microsoft's, by code; by kind where it gave none
 	MFACompliant Compliance       `json:"mfa_compliant"`
 	AMR          []string         `json:"amr"`
-	Routes       []Route          `json:"routes"` // the most used, at most 10
+	Routes       []Route          `json:"routes"` // the most used, at most 10; none by customer
 	Users        []string         `json:"users"`  // names, at most 10
 	Apps         []string         `json:"apps"`   // application ids, at most 10
 	FirstSeen    time.Time        `json:"first_seen,omitzero"`
 	LastSeen     time.Time        `json:"last_seen,omitzero"`
 	Causes       []Cause          `json:"causes"` // of the worst evidence, the best explanation first
+
+	// Microsoft is what Microsoft sees of an integration; nil when that is nothing.
+	Microsoft *Seen `json:"microsoft,omitempty"`
 }
 
 // Compliance counts Microsoft's own verdicts on calls, where it gave one.
@@ -90,6 +96,12 @@ type Cause struct {
 	Text       string `json:"text"`
 	Confidence string `json:"confidence"` // certain, likely or possible
 	Fix        string `json:"fix"`
+
+	// Where a sign-in shows the cause: what it says, the request id of the latest one,
+	// and when that was.
+	Evidence []Evidence `json:"evidence,omitempty"`
+	SignIn   string     `json:"sign_in,omitempty"`
+	At       time.Time  `json:"at,omitzero"`
 }
 
 // Dimension is what a report groups calls by.
@@ -126,10 +138,15 @@ type Options struct {
 	// Integrations are those of the configuration: one without calls is reported,
 	// too, and the owner given here stands for the one in the records.
 	Integrations []Integration
+	// Microsoft is what Microsoft says, to stand beside it. Nil leaves it out.
+	Microsoft *Microsoft
 }
 
 // Integration is a configured integration.
-type Integration struct{ Name, Owner string }
+type Integration struct {
+	Name, Owner string
+	Apps        []string // application ids that it is known by
+}
 
 // Build reads the report from r. identities say whom user_refs stand for.
 func Build(ctx context.Context, r store.Reader, identities map[string]store.Identity, o Options) (*Report, error) {
@@ -175,11 +192,22 @@ func Build(ctx context.Context, r store.Reader, identities map[string]store.Iden
 		}
 		rep.Calls += s.Calls
 		byIntegration.add(s)
-		if o.By != ByIntegration {
+		if o.By != ByIntegration && o.By != ByCustomer {
 			by.add(s)
 		}
 		if strings.EqualFold(s.Route, "/generatetoken") || strings.EqualFold(s.Route, "/v3/generatetoken") {
 			opaque[s.Integration] = true
+		}
+	}
+	if o.By == ByCustomer {
+		customers, err := r.CustomerSums(ctx, o.Since, o.Until)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range customers {
+			if s.Integration != "" {
+				by.add(s)
+			}
 		}
 	}
 	for _, c := range open {
@@ -208,6 +236,9 @@ func Build(ctx context.Context, r store.Reader, identities map[string]store.Iden
 		rep.Integrations = groups
 	} else {
 		rep.By, rep.Groups = o.By, by.groups()
+	}
+	if o.Microsoft != nil {
+		rep.addMicrosoft(o.Microsoft, o.Now)
 	}
 	return rep, nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"flag"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -235,7 +236,7 @@ func TestTheEstateIsItsWorstIntegration(t *testing.T) {
 		all  string
 	}{
 		{"by integration", Options{}, WillBreak, "bad=will-break good=ready"},
-		{"with one that has no calls", Options{Integrations: []Integration{{"silent", "ops"}}}, WillBreak, "bad=will-break silent=unknown good=ready"},
+		{"with one that has no calls", Options{Integrations: []Integration{{Name: "silent", Owner: "ops"}}}, WillBreak, "bad=will-break silent=unknown good=ready"},
 		{"by route the estate stays what it is", Options{By: ByRoute}, WillBreak, "/v1/invoices=will-break"},
 		{"before the bad one called", Options{Until: start.Add(time.Hour)}, Ready, "good=ready"},
 		{"since the bad one called", Options{Since: start.Add(time.Hour)}, WillBreak, "bad=will-break"},
@@ -328,7 +329,7 @@ func golden(t *testing.T, name string, got []byte) {
 
 func TestOutputs(t *testing.T) {
 	r, ids := estate(t, sample()...)
-	o := Options{Now: start.Add(90 * time.Minute), Integrations: []Integration{{"federated", "idp@contoso.example"}, {"never-seen", "sales@contoso.example"}}}
+	o := Options{Now: start.Add(90 * time.Minute), Integrations: []Integration{{Name: "federated", Owner: "idp@contoso.example"}, {Name: "never-seen", Owner: "sales@contoso.example"}}}
 	for _, by := range []Dimension{ByIntegration, ByUser, ByApp, ByCustomer, ByRoute} {
 		o.By = by
 		rep, err := Build(t.Context(), r, ids, o)
@@ -338,7 +339,7 @@ func TestOutputs(t *testing.T) {
 		rep.LagSeconds = 7.5
 		var table, narrow, doc, sheet bytes.Buffer
 		for _, err := range []error{
-			WriteTable(&table, rep, Style{}), WriteTable(&narrow, rep, Style{Width: 100}), WriteJSON(&doc, rep), WriteCSV(&sheet, rep),
+			WriteTable(&table, rep, Style{}), WriteTable(&narrow, rep, Style{Width: 100}), WriteJSON(&doc, rep), WriteCSV(&sheet, rep), WriteHTML(io.Discard, rep),
 		} {
 			if err != nil {
 				t.Fatal(err)

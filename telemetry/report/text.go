@@ -18,21 +18,24 @@ type Style struct {
 	Color bool // emphasis by ANSI escapes
 }
 
-func (s Style) width() int {
+// Columns is how wide a line may be.
+func (s Style) Columns() int {
 	if s.Width == 0 {
 		return 120
 	}
 	return max(s.Width, 80)
 }
 
+// The codes of Style.Paint, which may be joined by semicolons.
 const (
-	red    = "31"
-	yellow = "33"
-	green  = "32"
-	bold   = "1"
+	Red    = "31"
+	Yellow = "33"
+	Green  = "32"
+	Bold   = "1"
 )
 
-func (s Style) paint(code, text string) string {
+// Paint emphasizes text where the style has colour.
+func (s Style) Paint(code, text string) string {
 	if !s.Color {
 		return text
 	}
@@ -42,11 +45,11 @@ func (s Style) paint(code, text string) string {
 func (v Verdict) color() string {
 	switch v {
 	case Breaking:
-		return red
+		return Red
 	case Ready:
-		return green
+		return Green
 	}
-	return yellow
+	return Yellow
 }
 
 // clean makes text that came from outside fit to be shown: everything that a
@@ -76,9 +79,9 @@ func clean(s string) string {
 // characters such as those that turn the reading direction, unusual spaces.
 func hidden(r rune) bool { return !unicode.IsPrint(r) }
 
-// encodeJSON writes v and a line feed. What encoding/json leaves as it is although
+// EncodeJSON writes v and a line feed. What encoding/json leaves as it is although
 // a terminal acts on it (DEL, C1 controls, bidi controls) is escaped.
-func encodeJSON(w io.Writer, v any, indent string) error {
+func EncodeJSON(w io.Writer, v any, indent string) error {
 	var buf bytes.Buffer
 	enc := json.NewEncoder(&buf)
 	enc.SetEscapeHTML(false)
@@ -123,19 +126,19 @@ func pad(s string, n int) string {
 	return s + strings.Repeat(" ", max(0, n-utf8.RuneCountInString(s)))
 }
 
-// wrap breaks text into lines of at most width columns, the first behind first and
-// the others behind rest, which are as wide as each other. Words are not cut.
-func wrap(text, first, rest string, width int) string {
+// Wrap breaks text into lines of at most width columns, the first behind first and
+// the others behind rest. Words are not cut.
+func Wrap(text, first, rest string, width int) string {
 	var b strings.Builder
 	b.WriteString(first)
-	at, begun := utf8.RuneCountInString(first), false
+	at, begun := columns(first), false
 	for word := range strings.FieldsSeq(text) {
-		n := utf8.RuneCountInString(word)
+		n := columns(word)
 		switch {
 		case !begun:
 		case at+1+n > width:
 			b.WriteString("\n" + rest)
-			at = utf8.RuneCountInString(rest)
+			at = columns(rest)
 		default:
 			b.WriteByte(' ')
 			at++
@@ -147,12 +150,33 @@ func wrap(text, first, rest string, width int) string {
 	return b.String()
 }
 
+// columns is how many columns text takes, without the escapes of Paint.
+func columns(text string) int {
+	n := 0
+	for len(text) > 0 {
+		plain, escape, found := strings.Cut(text, "\x1b[")
+		n += utf8.RuneCountInString(plain)
+		if text = ""; found {
+			_, text, _ = strings.Cut(escape, "m")
+		}
+	}
+	return n
+}
+
 // moment is a time for people.
 func moment(t time.Time) string {
 	if t.IsZero() {
 		return "never"
 	}
 	return t.UTC().Format("2006-01-02 15:04")
+}
+
+// shortMoment is a time for people who know the year.
+func shortMoment(t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return t.UTC().Format("01-02 15:04")
 }
 
 // count is n with its noun.

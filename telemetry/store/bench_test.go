@@ -14,43 +14,46 @@ import (
 	"github.com/partnerguard/partnerguard/proxy"
 )
 
+// ingestCalls are the calls that the benchmarks of ingest have.
+var ingestCalls = []struct {
+	name string
+	call func(i int, r *proxy.Record)
+}{
+	// 20 integrations with 10 tokens each call 4 routes, at 100 calls a second.
+	{"realistic", func(i int, r *proxy.Record) {
+		token := i * 7 % 200
+		r.Integration, r.Owner = fmt.Sprint("integration-", token%20), fmt.Sprintf("owner-%d@contoso.example", token%20)
+		r.Token.UPN, r.Token.UTI = fmt.Sprintf("Vg3FQYb2Zp0%04x", token), fmt.Sprintf("EJwqP017IU6myA1eH3C%03x", token)
+		r.Token.AppID = fmt.Sprintf("7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e%02x", token%20)
+		r.UserAgent = []string{"python-requests/2.32", "curl/8.5.0", "PartnerCenterSdk/3.4 (.NET)"}[token%3]
+		switch i * 13 % 101 % 4 {
+		case 0:
+			r.Route, r.Path = "/v1/customers/{customer-id}/subscriptions", fmt.Sprintf("/v1/customers/7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1%03x/subscriptions", token)
+			r.Customer = fmt.Sprintf("7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1%03x", token)
+		case 1:
+			r.Route, r.Path = "/v1/customers", "/v1/customers"
+			r.QueryNames = []string{"size", "filter"}
+		case 2:
+			r.Route, r.Path = "/v1/invoices/{invoice-id}", fmt.Sprintf("/v1/invoices/G0%08d", i%3000)
+		}
+		if i%50 == 0 {
+			r.Status, r.Rejection, r.Code, r.UpstreamStatus = 401, policy.RejectionMFARequired, "900421", "401 Unauthorized"
+		}
+	}},
+	// No call repeats what another one was.
+	{"all different", func(i int, r *proxy.Record) {
+		r.Token.UPN, r.Token.UTI = fmt.Sprintf("Vg3FQYb2Zp0%08x", i), fmt.Sprintf("EJwqP017IU6m%010x", i)
+		r.Customer = fmt.Sprintf("7d1f0a52-9b3c-4c1e-8f60-2a5b%08x", i)
+		r.Path = "/v1/customers/" + r.Customer
+		r.UserAgent = fmt.Sprint("agent/", i)
+	}},
+}
+
 // BenchmarkIngest measures the whole way from line to row, index and sum: CPU time a
 // call and bytes of database a call. Run it with -cpu 1.
 func BenchmarkIngest(b *testing.B) {
 	const calls, chunk = 200_000, 10_000
-	for _, bm := range []struct {
-		name string
-		call func(i int, r *proxy.Record)
-	}{
-		// 20 integrations with 10 tokens each call 4 routes, at 100 calls a second.
-		{"realistic", func(i int, r *proxy.Record) {
-			token := i * 7 % 200
-			r.Integration, r.Owner = fmt.Sprint("integration-", token%20), fmt.Sprintf("owner-%d@contoso.example", token%20)
-			r.Token.UPN, r.Token.UTI = fmt.Sprintf("Vg3FQYb2Zp0%04x", token), fmt.Sprintf("EJwqP017IU6myA1eH3C%03x", token)
-			r.Token.AppID = fmt.Sprintf("7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e%02x", token%20)
-			r.UserAgent = []string{"python-requests/2.32", "curl/8.5.0", "PartnerCenterSdk/3.4 (.NET)"}[token%3]
-			switch i * 13 % 101 % 4 {
-			case 0:
-				r.Route, r.Path = "/v1/customers/{customer-id}/subscriptions", fmt.Sprintf("/v1/customers/7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1%03x/subscriptions", token)
-				r.Customer = fmt.Sprintf("7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1%03x", token)
-			case 1:
-				r.Route, r.Path = "/v1/customers", "/v1/customers"
-				r.QueryNames = []string{"size", "filter"}
-			case 2:
-				r.Route, r.Path = "/v1/invoices/{invoice-id}", fmt.Sprintf("/v1/invoices/G0%08d", i%3000)
-			}
-			if i%50 == 0 {
-				r.Status, r.Rejection, r.Code, r.UpstreamStatus = 401, policy.RejectionMFARequired, "900421", "401 Unauthorized"
-			}
-		}},
-		// No call repeats what another one was.
-		{"all different", func(i int, r *proxy.Record) {
-			r.Token.UPN, r.Token.UTI = fmt.Sprintf("Vg3FQYb2Zp0%08x", i), fmt.Sprintf("EJwqP017IU6m%010x", i)
-			r.Customer = fmt.Sprintf("7d1f0a52-9b3c-4c1e-8f60-2a5b%08x", i)
-			r.Path = "/v1/customers/" + r.Customer
-			r.UserAgent = fmt.Sprint("agent/", i)
-		}},
-	} {
+	for _, bm := range ingestCalls {
 		b.Run(bm.name, func(b *testing.B) {
 			var cpu time.Duration
 			var size int64

@@ -3,6 +3,7 @@ package store
 import (
 	"database/sql"
 	"database/sql/driver"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"math"
@@ -14,13 +15,20 @@ import (
 
 // callColumns are the columns of calls, in the order of appendRow. A row of them is
 // the larger part of what a call costs, and each column of what a row costs.
-const callColumns = `finish, call, time, dim, detail, path, uti, iat, exp,
+const callColumns = `finish, call, time, dim, detail, token, customer, path, rest,
 	request_id, correlation_id, upstream_request_id, upstream_correlation_id,
 	bytes_in, bytes_out, duration_us, upstream_us`
 
-func appendRow(args []driver.NamedValue, c *Call, dim, detail int64) []driver.NamedValue {
+// row is what a row of calls says by reference. detail and token are rows of those
+// tables; token is 0 for none.
+type row struct {
+	dim, detail, token int64
+	rest               string
+}
+
+func appendRow(args []driver.NamedValue, c *Call, r row) []driver.NamedValue {
 	for _, v := range [...]driver.Value{
-		int64(c.Finish), packID(c.ID), c.Time.UnixMicro(), dim, detail, nullPath(c), nullText(c.UTI), nullInt(c.IssuedAt), nullInt(c.ExpiresAt),
+		int64(c.Finish), packID(c.ID), c.Time.UnixMicro(), r.dim, r.detail, nullInt(r.token), packID(c.Customer), packPath(c.Path, c.Route, c.Customer), nullText(r.rest),
 		packID(c.RequestID), packID(c.CorrelationID), packUpstreamID(c.UpstreamRequestID, c.RequestID), packUpstreamID(c.UpstreamCorrelationID, c.CorrelationID),
 		nullInt(c.BytesIn), nullInt(c.BytesOut), nullInt(micros(c.DurationMS)), nullInt(micros(c.UpstreamMS)),
 	} {
@@ -41,35 +49,74 @@ func detailOf(c *Call) []any {
 
 // selectCalls reads whole calls, for scanCall. CROSS JOIN is SQLite's word for a
 // join in the order written.
-const selectCalls = "SELECT " + callColumns + ", " + dimColumns + ", " + detailColumns +
-	" FROM calls CROSS JOIN dims USING (dim) CROSS JOIN details USING (detail) "
+const selectCalls = "SELECT " + callColumns + ", what, " + detailColumns + ", uti, iat, exp" +
+	" FROM calls CROSS JOIN dims USING (dim) CROSS JOIN details USING (detail) LEFT JOIN tokens USING (token) "
 
-func scanCall(rows *sql.Rows) (Call, error) {
+// scanCall returns a call, and the call as it counts: as its dim says it.
+func scanCall(rows *sql.Rows) (c, counted Call, err error) {
 	var (
-		c                Call
-		d                Dim
+		customer         string
+		what             sql.RawBytes
 		at, dim, detail  int64
-		path             sql.NullString
+		token            sql.NullInt64
+		path             any
+		left             sql.NullString
 		request          = idText{to: &c.RequestID}
 		correlation      = idText{to: &c.CorrelationID}
 		upstreamRequest  = idText{to: &c.UpstreamRequestID, client: &c.RequestID}
 		upstreamRelation = idText{to: &c.UpstreamCorrelationID, client: &c.CorrelationID}
 	)
-	into := []any{&c.Finish, idText{to: &c.ID}, &at, &dim, &detail, &path, text(&c.UTI), number(&c.IssuedAt), number(&c.ExpiresAt),
+	into := []any{&c.Finish, idText{to: &c.ID}, &at, &dim, &detail, &token, idText{to: &customer}, &path, &left,
 		request, correlation, upstreamRequest, upstreamRelation,
-		number(&c.BytesIn), number(&c.BytesOut), (*millis)(&c.DurationMS), (*millis)(&c.UpstreamMS)}
-	into = append(into, d.fields()...)
+		number(&c.BytesIn), number(&c.BytesOut), (*millis)(&c.DurationMS), (*millis)(&c.UpstreamMS), &what}
 	into = append(into, text(&c.Instance), number(&c.Generation), text(&c.Listener), text(&c.Peer), text(&c.Method), (*list)(&c.QueryNames), text(&c.Upstream), text(&c.Evidence),
-		text(&c.Rule), text(&c.Application), text(&c.UserAgent), text(&c.UpstreamStatus), number(&c.Replays), text(&c.Error))
+		text(&c.Rule), text(&c.Application), text(&c.UserAgent), text(&c.UpstreamStatus), number(&c.Replays), text(&c.Error),
+		utiText{&c.UTI}, number(&c.IssuedAt), number(&c.ExpiresAt))
 	if err := rows.Scan(into...); err != nil {
-		return Call{}, err
+		return Call{}, Call{}, err
 	}
 	c.Time = time.UnixMicro(at).UTC()
-	d.into(&c)
-	if c.Path = path.String; !path.Valid {
-		c.Path = c.Route
+	d, err := decodeDim(what)
+	if err != nil {
+		return Call{}, Call{}, err
 	}
-	return c, nil
+	d.Customer = customer
+	d.into(&c)
+	counted = c
+	if left.Valid {
+		var r rest
+		if err := json.Unmarshal([]byte(left.String), &r); err != nil {
+			return Call{}, Call{}, fmt.Errorf("read the rest of a call: %w", err)
+		}
+		r.into(&c)
+	}
+	c.Path, err = unpackPath(path, c.Route, c.Customer)
+	return c, counted, err
+}
+
+// packUTI is a token's id as tokens holds it: the 16 bytes of which Entra's are the
+// base64url.
+func packUTI(uti string) driver.Value {
+	if b, err := base64.RawURLEncoding.DecodeString(uti); err == nil && len(b) == 16 && base64.RawURLEncoding.EncodeToString(b) == uti {
+		return b
+	}
+	return nullText(uti)
+}
+
+// utiText scans what packUTI made.
+type utiText struct{ to *string }
+
+func (t utiText) Scan(v any) error {
+	switch v := v.(type) {
+	case nil:
+	case string:
+		*t.to = v
+	case []byte:
+		*t.to = base64.RawURLEncoding.EncodeToString(v)
+	default:
+		return fmt.Errorf("%T is no token's id", v)
+	}
+	return nil
 }
 
 // packID is an id as calls holds it: 16 bytes for a GUID in the form that unpacking
@@ -128,13 +175,6 @@ func (t idText) Scan(v any) error {
 		return fmt.Errorf("%T is no id", v)
 	}
 	return nil
-}
-
-func nullPath(c *Call) driver.Value {
-	if c.Path == c.Route {
-		return nil
-	}
-	return c.Path
 }
 
 // micros is a duration of the ledger's, which has three decimals, as a whole number.

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"flag"
 	"fmt"
 	"math"
 	"os"
@@ -44,6 +45,9 @@ func filterJournal() *journal {
 
 // filterReaders are readers of the same calls: with none folded, all, and some.
 func filterReaders(t testing.TB) map[string]Reader {
+	const people = `{"user_ref":"ref-sam","tid":"t","oid":"1c3d0000-0000-4000-8000-000000000001","upn":"Sam@contoso.example"}
+{"user_ref":"ref-kim","tid":"t","oid":"1c3d0000-0000-4000-8000-000000000002"}
+`
 	j, readers := filterJournal(), map[string]Reader{}
 	for name, foldAt := range map[string]int{"not folded": math.MaxInt, "folded one by one": 1, "folded in part": 25} {
 		dir := t.TempDir()
@@ -53,15 +57,12 @@ func filterReaders(t testing.TB) map[string]Reader {
 		}
 		t.Cleanup(func() { s.Close() })
 		for n := range j.entries { // a batch a line, so that folds end where foldAt says
-			s.w.foldAt = foldAt
+			writerOf(s).foldAt = foldAt
 			s.source = &cursor{j.upTo(n + 1), int64(n)}
 			if _, err := s.CatchUp(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}
-		people := `{"user_ref":"ref-sam","tid":"t","oid":"1c3d0000-0000-4000-8000-000000000001","upn":"Sam@contoso.example"}
-{"user_ref":"ref-kim","tid":"t","oid":"1c3d0000-0000-4000-8000-000000000002"}
-`
 		if err := os.WriteFile(filepath.Join(dir, "identities.jsonl"), []byte(people), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -71,6 +72,16 @@ func filterReaders(t testing.TB) map[string]Reader {
 		}
 		t.Cleanup(func() { r.Close() })
 		readers[name] = r
+	}
+	if flag.Lookup("test.fuzz").Value.String() == "" { // there are many workers then
+		place := postgresShelf(t)
+		if err := os.WriteFile(filepath.Join(place.dir, "identities.jsonl"), []byte(people), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := place.open(t, j, nil).CatchUp(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		readers["postgres"] = place.reader(t)
 	}
 	return readers
 }
@@ -139,10 +150,13 @@ func expected(f Filter, all []Call) []string {
 // error.
 func FuzzFilter(f *testing.F) {
 	readers := filterReaders(f)
-	var all []Call
-	if err := readers["not folded"].Calls(f.Context(), Filter{}, func(c Call) error { all = append(all, c); return nil }); err != nil {
-		f.Fatal(err)
+	found := map[string][]Call{}
+	for name, r := range readers {
+		if err := r.Calls(f.Context(), Filter{}, func(c Call) error { found[name] = append(found[name], c); return nil }); err != nil {
+			f.Fatal(err)
+		}
 	}
+	all := found["not folded"]
 	if len(all) != 60 || !all[59].Open() {
 		f.Fatalf("%d calls, want 60 with the open ones last", len(all))
 	}
@@ -194,8 +208,8 @@ func FuzzFilter(f *testing.F) {
 				known.Status = fmt.Sprint(low/100) + "xx"
 			}
 		}
-		want := expected(known, all)
 		for name, r := range readers {
+			want := expected(known, found[name])
 			var got []string
 			err := r.Calls(t.Context(), q, func(c Call) error {
 				got = append(got, c.ID)

@@ -4,9 +4,9 @@ import (
 	"context"
 	"database/sql"
 	"encoding/binary"
+	"errors"
 	"math"
 	"slices"
-	"strings"
 )
 
 // foldCalls is how many calls are folded at once. More make sums cheaper, which are
@@ -16,42 +16,42 @@ const foldCalls = 8192
 
 // pending is what the calls come to that are not folded yet.
 type pending struct {
-	calls int
-	sums  map[sumKey]sumValue
-	hours map[int64]span
-	dims  map[*entry]bool // whose hour grew
-	ids   idIndex
+	calls    int
+	sums     [byCustomer + 1]map[int64]map[sumKey]sumValue // by kind and hour
+	hours    map[int64]span
+	dims     map[*entry]bool // whose day grew
+	postings []posting
+	ids      idIndex
 }
-
-type sumKey struct{ hour, dim int64 }
-
-type sumValue struct{ calls, first, last int64 }
 
 // span is a range of finishes, both ends included.
 type span struct{ low, high int64 }
 
 func newPending() *pending {
-	return &pending{sums: map[sumKey]sumValue{}, hours: map[int64]span{}, dims: map[*entry]bool{}}
+	p := &pending{hours: map[int64]span{}, dims: map[*entry]bool{}}
+	p.sums[byRoute], p.sums[byCustomer] = map[int64]map[sumKey]sumValue{}, map[int64]map[sumKey]sumValue{}
+	return p
 }
 
-func (p *pending) add(c *Call, dim *entry) {
+// add takes c in, which counts as counted under dim.
+func (p *pending) add(c, counted *Call, dim *entry, customer sumKey, customerDim *entry) {
 	p.calls++
-	at, hour, finish := c.Time.UnixMicro(), hourOf(c.Time), int64(c.Finish)
-	key := sumKey{hour, dim.id}
-	v, ok := p.sums[key]
-	if !ok {
-		v = sumValue{first: at, last: at}
-	}
-	p.sums[key] = sumValue{v.calls + 1, min(v.first, at), max(v.last, at)}
+	hour, finish := hourOf(c.Time), int64(c.Finish)
+	at := c.Time.UnixMicro()
+	p.sum(byRoute, hour, sumKey{dim: dim.id}, at)
+	p.sum(byCustomer, hour, customer, at)
 	h, ok := p.hours[hour]
 	if !ok {
 		h = span{finish, finish}
 	}
 	p.hours[hour] = span{min(h.low, finish), max(h.high, finish)}
-	if hour > dim.hour {
-		dim.hour = hour
-		p.dims[dim] = true
+	for _, e := range [...]*entry{dim, customerDim} {
+		if day := hour / 24; day > e.day {
+			e.day = day
+			p.dims[e] = true
+		}
 	}
+	p.postings = append(p.postings, posting{dim.id, finish})
 	p.ids.add(c.ID, finish)
 	p.ids.add(c.RequestID, finish)
 	if c.CorrelationID != c.RequestID {
@@ -63,6 +63,21 @@ func (p *pending) add(c *Call, dim *entry) {
 	if id := c.UpstreamCorrelationID; id != c.RequestID && id != c.CorrelationID && id != c.UpstreamRequestID {
 		p.ids.add(id, finish)
 	}
+	p.ids.add(c.Customer, finish)
+	p.ids.add(c.UserRef, finish)
+	// What the dim does not say is found here.
+	if c.AppID != counted.AppID {
+		p.ids.add(c.AppID, finish)
+	}
+}
+
+func (p *pending) sum(by int, hour int64, key sumKey, at int64) {
+	sums := p.sums[by][hour]
+	if sums == nil {
+		sums = map[sumKey]sumValue{}
+		p.sums[by][hour] = sums
+	}
+	sums[key] = sums[key].plus(sumValue{1, at, at})
 }
 
 // before reports whether a call that began before hour waits to be folded.
@@ -82,40 +97,152 @@ func (w *writer) fold(ctx context.Context) error {
 	if p.calls == 0 {
 		return nil
 	}
-	for key, v := range p.sums {
-		w.pace()
-		if _, err := w.addSum.ExecContext(ctx, key.hour, key.dim, v.calls, v.first, v.last); err != nil {
-			return err
-		}
-	}
-	for hour, s := range p.hours {
-		if _, err := w.addHour.ExecContext(ctx, hour, s.low, s.high); err != nil {
-			return err
-		}
-	}
-	for dim := range p.dims {
-		w.pace()
-		if _, err := w.touchDim.ExecContext(ctx, dim.hour, dim.id); err != nil {
-			return err
-		}
-	}
 	folded := w.folded
 	for _, s := range p.hours {
 		folded = max(folded, s.high)
 	}
-	for bucket, entries := range p.ids {
-		if len(entries) == 0 {
-			continue
-		}
+	if err := w.foldSums(ctx); err != nil {
+		return err
+	}
+	for dim := range p.dims {
 		w.pace()
-		if _, err := w.insertIDs.ExecContext(ctx, runOf(bucket, folded), entries); err != nil {
+		if _, err := w.touchDim.ExecContext(ctx, dim.day, dim.id); err != nil {
 			return err
 		}
+	}
+	if err := w.foldPostings(ctx, folded); err != nil {
+		return err
+	}
+	if err := w.foldIDs(ctx, folded); err != nil {
+		return err
 	}
 	if _, err := w.setFolded.ExecContext(ctx, folded); err != nil {
 		return err
 	}
 	w.folded, w.pending = folded, newPending()
+	return nil
+}
+
+// foldSums writes the sums: of hours always, of days once a later one has begun. Then
+// a report over a month reads some thirty rows.
+func (w *writer) foldSums(ctx context.Context) error {
+	p := w.pending
+	for _, by := range [...]int{byRoute, byCustomer} {
+		for hour, sums := range p.sums[by] {
+			w.pace()
+			stored, err := w.readSums(ctx, by+ofHour, hour, hour)
+			if err != nil {
+				return err
+			}
+			if err := w.writeSums(ctx, by+ofHour, hour, mergeSums(stored, sortedSums(sums))); err != nil {
+				return err
+			}
+		}
+	}
+	before := w.lastHour / 24
+	ended := map[int64]bool{before: true}
+	for hour, s := range p.hours {
+		if _, err := w.addHour.ExecContext(ctx, hour, s.low, s.high); err != nil {
+			return err
+		}
+		ended[hour/24] = true
+		w.lastHour = max(w.lastHour, hour)
+	}
+	for day := range ended {
+		if day < w.lastHour/24 {
+			if err := w.sumDay(ctx, day); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// sumDay makes the sums of a day of those of its hours.
+func (w *writer) sumDay(ctx context.Context, day int64) error {
+	for _, by := range [...]int{byRoute, byCustomer} {
+		sums, err := w.readSums(ctx, by+ofHour, day*24, day*24+23)
+		if err != nil {
+			return err
+		}
+		if err := w.writeSums(ctx, by+ofDay, day, sums); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readSums returns what the sums of a kind from low to high come to, in order.
+func (w *writer) readSums(ctx context.Context, kind int, low, high int64) ([]sumEntry, error) {
+	rows, err := w.selectSums.QueryContext(ctx, kind, low, high)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var all []sumEntry
+	for rows.Next() {
+		var start int64
+		var entries sql.RawBytes
+		if err := rows.Scan(&start, &entries); err != nil {
+			return nil, err
+		}
+		var sums []sumEntry
+		err := decodeSums(entries, startMicros(kind, start), func(e sumEntry) bool {
+			sums = append(sums, e)
+			return true
+		})
+		if err != nil {
+			return nil, err
+		}
+		w.pace()
+		all = mergeSums(all, sums)
+	}
+	return all, rows.Err()
+}
+
+func (w *writer) writeSums(ctx context.Context, kind int, start int64, sums []sumEntry) error {
+	if len(sums) == 0 {
+		_, err := w.exec(ctx, "DELETE FROM sums WHERE kind = ? AND start = ?", kind, start)
+		return err
+	}
+	_, err := w.insertSums.ExecContext(ctx, kind, start, appendSums(nil, sums, startMicros(kind, start)))
+	return err
+}
+
+// foldOf returns the fold that finish belongs to: the first that ends there or later,
+// so that folds lie apart and in order even when a call ends behind the last one.
+func (w *writer) foldOf(ctx context.Context, finish, folded int64) (high int64, err error) {
+	if finish > w.folded {
+		return folded, nil
+	}
+	err = w.conn.QueryRowContext(ctx, "SELECT coalesce(min(high), ?) FROM folds WHERE high >= ?", folded, finish).Scan(&high)
+	return high, err
+}
+
+func (w *writer) foldPostings(ctx context.Context, folded int64) error {
+	folds := map[int64][]posting{}
+	for _, p := range w.pending.postings {
+		high, err := w.foldOf(ctx, p.finish, folded)
+		if err != nil {
+			return err
+		}
+		folds[high] = append(folds[high], p)
+	}
+	for high, list := range folds {
+		w.pace()
+		var stored []byte
+		err := w.conn.QueryRowContext(ctx, "SELECT postings FROM folds WHERE high = ?", high).Scan(&stored)
+		if err != nil && !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		all := func(int64) bool { return true }
+		if err := decodePostings(stored, high, all, func(p posting) { list = append(list, p) }); err != nil {
+			return err
+		}
+		if _, err := w.insertFold.ExecContext(ctx, high, appendPostings(nil, list, high)); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -125,23 +252,50 @@ func (w *writer) fold(ctx context.Context) error {
 // reads one bucket of every run, 1/64 of the index.
 //
 // A B-tree row an id would cost about twenty times as much.
-type idIndex [64][]byte
+type idIndex [64][]idEntry
 
-// idEntry is the size of an entry: 4 bytes of the id's hash besides those that chose
-// the bucket, and 6 bytes of the finish, big endian.
-const idEntry = 4 + 6
+type idEntry struct {
+	tag    uint32 // 24 bits of the id's hash besides those that chose the bucket
+	finish int64
+}
+
+// idSize is the size of a stored entry: 3 bytes of tag, and 4 bytes of how far the
+// finish lies before the end of the fold, big endian.
+const idSize = 3 + 4
 
 func (x *idIndex) add(id string, finish int64) {
 	if id == "" {
 		return
 	}
 	bucket, tag := idHash(id)
-	b := binary.BigEndian.AppendUint32(x[bucket], tag)
-	x[bucket] = append(b, byte(finish>>40), byte(finish>>32), byte(finish>>24), byte(finish>>16), byte(finish>>8), byte(finish))
+	x[bucket] = append(x[bucket], idEntry{tag, finish})
 }
 
 // runOf numbers the row of a bucket in the run that ends with a finish.
 func runOf(bucket int, finish int64) int64 { return int64(bucket)<<48 | finish }
+
+// foldIDs writes the ids.
+func (w *writer) foldIDs(ctx context.Context, folded int64) error {
+	for bucket, ids := range w.pending.ids {
+		w.pace()
+		folds := map[int64][]byte{}
+		for _, id := range ids {
+			high, err := w.foldOf(ctx, id.finish, folded)
+			if err != nil {
+				return err
+			}
+			back := min(high-id.finish, math.MaxUint32) // no fold is that long
+			b := append(folds[high], byte(id.tag>>16), byte(id.tag>>8), byte(id.tag))
+			folds[high] = binary.BigEndian.AppendUint32(b, uint32(back))
+		}
+		for high, entries := range folds {
+			if _, err := w.insertIDs.ExecContext(ctx, runOf(bucket, high), entries); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
 
 // idHash is FNV-1a of an id whose case does not count. What it finds is compared
 // with the id itself.
@@ -156,7 +310,7 @@ func idHash(id string) (bucket int, tag uint32) {
 	}
 	h ^= h >> 32 // FNV's upper bits hardly depend on the last characters
 	h *= 0xd6e8feb86659fd93
-	return int(h >> 58), uint32(h >> 26)
+	return int(h >> 58), uint32(h>>34) & (1<<24 - 1)
 }
 
 // queryer is a connection or a transaction.
@@ -167,20 +321,22 @@ type queryer interface {
 // findID returns the finishes of the folded calls that may have id, in order.
 func findID(ctx context.Context, db queryer, id string) ([]int64, error) {
 	bucket, tag := idHash(id)
-	rows, err := db.QueryContext(ctx, "SELECT entries FROM ids WHERE run BETWEEN ? AND ?", runOf(bucket, 0), runOf(bucket+1, 0)-1)
+	rows, err := db.QueryContext(ctx, "SELECT run, entries FROM ids WHERE run BETWEEN ? AND ?", runOf(bucket, 0), runOf(bucket+1, 0)-1)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
 	var found []int64
 	for rows.Next() {
+		var run int64
 		var entries sql.RawBytes
-		if err := rows.Scan(&entries); err != nil {
+		if err := rows.Scan(&run, &entries); err != nil {
 			return nil, err
 		}
-		for ; len(entries) >= idEntry; entries = entries[idEntry:] {
-			if binary.BigEndian.Uint32(entries) == tag {
-				found = append(found, int64(binary.BigEndian.Uint64(entries[2:])&(1<<48-1)))
+		high := run & (1<<48 - 1)
+		for ; len(entries) >= idSize; entries = entries[idSize:] {
+			if binary.BigEndian.Uint32(entries)>>8 == tag {
+				found = append(found, high-int64(binary.BigEndian.Uint32(entries[3:])))
 			}
 		}
 	}
@@ -188,24 +344,77 @@ func findID(ctx context.Context, db queryer, id string) ([]int64, error) {
 	return slices.Compact(found), rows.Err()
 }
 
-// findSpans returns where the folded calls lie that began in the hours from low to
-// high, in order and apart. With dims, a condition on them, hours without such a
-// call are left out.
-func findSpans(ctx context.Context, db queryer, low, high int64, dims []string, args []any) ([]span, error) {
-	query := "SELECT low, high FROM hours WHERE hour BETWEEN ? AND ?"
-	if len(dims) > 0 {
-		query += " AND EXISTS (SELECT 1 FROM sums WHERE sums.hour = hours.hour AND " + dimIn(dims) + ")"
+// findIDs returns the finishes of the folded calls that may have one id of each of
+// all, in order.
+func findIDs(ctx context.Context, db queryer, all [][]string) ([]int64, error) {
+	var found []int64
+	for i, some := range all {
+		var any []int64
+		for _, id := range some {
+			finishes, err := findID(ctx, db, id)
+			if err != nil {
+				return nil, err
+			}
+			any = append(any, finishes...)
+		}
+		slices.Sort(any)
+		any = slices.Compact(any)
+		if i == 0 {
+			found = any
+			continue
+		}
+		found = slices.DeleteFunc(found, func(finish int64) bool {
+			_, ok := slices.BinarySearch(any, finish)
+			return !ok
+		})
 	}
-	rows, err := db.QueryContext(ctx, query+" ORDER BY low", append([]any{low, high}, args...)...)
+	return found, nil
+}
+
+// findSpans returns where the folded calls lie that began in the hours from low to
+// high, in order and apart. With dims, days without such a call are left out as far as
+// that is known.
+func findSpans(ctx context.Context, db queryer, low, high int64, dims map[int64]bool) ([]span, error) {
+	without := map[int64]bool{} // days
+	if dims != nil {
+		rows, err := db.QueryContext(ctx, "SELECT start, entries FROM sums WHERE kind = ? AND start BETWEEN ? AND ?", byRoute+ofDay, low/24, high/24)
+		if err != nil {
+			return nil, err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var day int64
+			var entries sql.RawBytes
+			if err := rows.Scan(&day, &entries); err != nil {
+				return nil, err
+			}
+			without[day] = true
+			err := decodeSums(entries, 0, func(e sumEntry) bool {
+				without[day] = !dims[e.dim]
+				return without[day]
+			})
+			if err != nil {
+				return nil, err
+			}
+		}
+		if err := rows.Err(); err != nil {
+			return nil, err
+		}
+	}
+	rows, err := db.QueryContext(ctx, "SELECT hour, low, high FROM hours WHERE hour BETWEEN ? AND ? ORDER BY low", low, high)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
 	var spans []span
 	for rows.Next() {
+		var hour int64
 		var s span
-		if err := rows.Scan(&s.low, &s.high); err != nil {
+		if err := rows.Scan(&hour, &s.low, &s.high); err != nil {
 			return nil, err
+		}
+		if without[hour/24] {
+			continue
 		}
 		if n := len(spans); n > 0 && s.low <= spans[n-1].high+1 {
 			spans[n-1].high = max(spans[n-1].high, s.high)
@@ -214,11 +423,6 @@ func findSpans(ctx context.Context, db queryer, low, high int64, dims []string, 
 		spans = append(spans, s)
 	}
 	return spans, rows.Err()
-}
-
-// dimIn is the condition that a row's dim meets conds.
-func dimIn(conds []string) string {
-	return "dim IN (SELECT dim FROM dims WHERE " + strings.Join(conds, " AND ") + ")"
 }
 
 // endless is behind every finish.

@@ -141,6 +141,7 @@ type Filter struct {
 	Since time.Time // that began then or later
 	Until time.Time // that began before
 
+	Instance      string // of the guard
 	Integration   string
 	User          string // user principal name, object id or user_ref
 	App           string // application id
@@ -184,7 +185,7 @@ func (r *sqliteReader) Calls(ctx context.Context, f Filter, yield func(Call) err
 	}
 	parts, err := r.plan(ctx, q, f)
 	if err == nil && f.Limit > 0 && f.AfterFinish == 0 {
-		err = r.latest(ctx, q, parts, f.Limit)
+		parts, err = r.latest(ctx, q, parts, f.Limit)
 	}
 	if err != nil {
 		return r.fail(err)
@@ -193,26 +194,19 @@ func (r *sqliteReader) Calls(ctx context.Context, f Filter, yield func(Call) err
 	if f.Limit > 0 {
 		left = f.Limit
 	}
-	for len(parts) > 0 {
-		n := min(page, left)
-		calls, open, err := r.page(ctx, q, parts[0], n, len(parts) == 1 && n == left, len(parts) == 1 && !f.EndedOnly)
-		if err != nil {
-			return r.fail(err)
-		}
-		for _, c := range append(calls, open...) {
-			if err := yield(c); err != nil {
-				return err
+	for i := range parts {
+		last := i == len(parts)-1
+		for more := left > 0 || last; more; more = more && left > 0 {
+			var calls, open []Call
+			if calls, open, more, err = r.page(ctx, q, &parts[i], left, last && !f.EndedOnly); err != nil {
+				return r.fail(err)
 			}
-		}
-		switch left -= len(calls); {
-		case len(calls) < n || left == 0 && len(parts) == 1:
-			parts = parts[1:]
-		case left == 0: // the open ones are left
-			parts = parts[len(parts)-1:]
-			parts[0].low = endless
-			left = 1
-		default:
-			parts[0].low = int64(calls[n-1].Finish) + 1
+			left -= len(calls)
+			for _, c := range append(calls, open...) {
+				if err := yield(c); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	return nil
@@ -223,34 +217,20 @@ func (r *sqliteReader) OpenCalls(ctx context.Context) ([]Call, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, open, err := r.page(ctx, q, part{span: span{endless, endless}}, 0, true, true)
+	_, open, _, err := r.page(ctx, q, &part{span: span{endless, endless}}, 0, true)
 	if err != nil {
 		return nil, r.fail(err)
 	}
 	return open, nil
 }
 
-// part is a part of calls to look through: a span of finishes, and if only is not
-// empty, those of them that it holds, a JSON array.
+// part is a part of calls to look through: a span of finishes, and if it is listed,
+// of these the ones in list.
 type part struct {
 	span
-	only string
-}
-
-// where is the condition of q on a row in p.
-func (p part) where(q *query) (cond string, args []any) {
-	cond, args = "finish BETWEEN ? AND ?", []any{p.low, p.high}
-	if p.only != "" {
-		cond, args = cond+" AND finish IN (SELECT value FROM json_each(?))", append(args, p.only)
-	}
-	for _, c := range q.conds {
-		cond += " AND " + c
-	}
-	args = append(args, q.args...)
-	if len(q.dims) > 0 {
-		cond, args = cond+" AND "+dimIn(q.dims), append(args, q.dimArgs...)
-	}
-	return cond, args
+	listed bool
+	list   []int64 // in order
+	fold   int64   // the fold that the list is still to be read from; 0 for none
 }
 
 // plan returns where the calls can be that q selects, in order. The last part holds
@@ -266,19 +246,23 @@ func (r *sqliteReader) plan(ctx context.Context, q *query, f Filter) ([]part, er
 	if err := tx.QueryRowContext(ctx, "SELECT folded FROM position").Scan(&folded); err != nil {
 		return nil, err
 	}
+	after := int64(f.AfterFinish)
+	low, high := hourRange(f.Since, f.Until)
 	var parts []part
 	switch {
+	case after >= folded:
 	case len(q.ids) > 0:
-		found, err := findID(ctx, tx, q.ids[0])
+		found, err := findIDs(ctx, tx, q.ids)
 		if err != nil {
 			return nil, err
 		}
-		for some := range slices.Chunk(found, page) {
-			parts = append(parts, part{span{some[0], some[len(some)-1]}, jsonNumbers(some)})
+		parts = []part{{span: span{0, folded}, listed: true, list: found}}
+	case len(q.dims) > 0:
+		if parts, err = foldsOf(ctx, tx, q, low, high, after); err != nil {
+			return nil, err
 		}
-	case len(q.dims) > 0 || !f.Since.IsZero() || !f.Until.IsZero():
-		low, high := hourRange(f.Since, f.Until)
-		spans, err := findSpans(ctx, tx, low, high, q.dims, q.dimArgs)
+	case !f.Since.IsZero() || !f.Until.IsZero():
+		spans, err := findSpans(ctx, tx, low, high, nil)
 		if err != nil {
 			return nil, err
 		}
@@ -286,89 +270,248 @@ func (r *sqliteReader) plan(ctx context.Context, q *query, f Filter) ([]part, er
 			parts = append(parts, part{span: span{s.low, min(s.high, folded)}})
 		}
 	default:
-		parts = append(parts, part{span: span{0, folded}})
+		parts = []part{{span: span{0, folded}}}
 	}
 	parts = append(parts, part{span: span{folded + 1, endless}})
 	for i := range parts {
-		parts[i].low = max(parts[i].low, int64(f.AfterFinish)+1)
+		p := &parts[i]
+		p.low = max(p.low, after+1)
+		from, _ := slices.BinarySearch(p.list, p.low)
+		p.list = p.list[from:]
 	}
 	return parts, nil
 }
 
-// latest makes parts begin with the latest n calls of theirs.
-func (r *sqliteReader) latest(ctx context.Context, q *query, parts []part, n int) error {
-	for i := len(parts) - 1; i >= 0; i-- {
-		if n == 0 {
-			parts[i].low = endless
-			continue
-		}
-		cond, args := parts[i].where(q)
-		var first, found int64
-		err := r.db.QueryRowContext(ctx, "SELECT coalesce(min(finish), 0), count(*) FROM (SELECT finish FROM calls WHERE "+cond+" ORDER BY finish DESC LIMIT ?)",
-			append(args, n)...).Scan(&first, &found)
-		if err != nil {
-			return err
-		}
-		parts[i].low = max(parts[i].low, first)
-		n -= int(found)
+// foldsOf finds the dims that q selects, and returns the folds that can hold calls of
+// theirs which began in the hours from low to high.
+func foldsOf(ctx context.Context, tx queryer, q *query, low, high, after int64) ([]part, error) {
+	dims, err := numbers(ctx, tx, "SELECT dim FROM dims WHERE "+strings.Join(q.dims, " AND "), q.dimArgs...)
+	if err != nil {
+		return nil, err
 	}
-	return nil
+	q.found = make(map[int64]bool, len(dims))
+	for _, dim := range dims {
+		q.found[dim] = true
+	}
+	q.widened = nil
+	for _, value := range q.values {
+		finishes, err := findID(ctx, tx, value)
+		if err != nil {
+			return nil, err
+		}
+		q.widened = append(q.widened, finishes...)
+	}
+	slices.Sort(q.widened)
+	if len(q.found) == 0 && len(q.widened) == 0 {
+		return nil, nil
+	}
+	spans, err := findSpans(ctx, tx, low, high, q.found)
+	if err != nil {
+		return nil, err
+	}
+	highs, err := numbers(ctx, tx, "SELECT high FROM folds ORDER BY high")
+	if err != nil {
+		return nil, err
+	}
+	var parts []part
+	begin := int64(0)
+	for _, end := range highs {
+		for len(spans) > 0 && spans[0].high < begin {
+			spans = spans[1:]
+		}
+		if end > after && (len(spans) > 0 && spans[0].low <= end || len(within(q.widened, span{begin, end})) > 0) {
+			parts = append(parts, part{span: span{begin, end}, listed: true, fold: end})
+		}
+		begin = end + 1
+	}
+	return parts, nil
 }
 
-// page reads up to n calls of a part. With its last page, which last says or a short
-// page shows, come the open ones as of the same moment, if wanted.
-func (r *sqliteReader) page(ctx context.Context, q *query, p part, n int, last, wantOpen bool) (calls, open []Call, err error) {
+func numbers(ctx context.Context, db queryer, query string, args ...any) ([]int64, error) {
+	rows, err := db.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var all []int64
+	for rows.Next() {
+		var n int64
+		if err := rows.Scan(&n); err != nil {
+			return nil, err
+		}
+		all = append(all, n)
+	}
+	return all, rows.Err()
+}
+
+// within is the part of a sorted list that lies in s.
+func within(list []int64, s span) []int64 {
+	from, _ := slices.BinarySearch(list, s.low)
+	to, _ := slices.BinarySearch(list[from:], s.high+1)
+	return list[from : from+to]
+}
+
+// read reads the list of a fold.
+func (p *part) read(ctx context.Context, db queryer, q *query) error {
+	if p.fold == 0 {
+		return nil
+	}
+	rows, err := db.QueryContext(ctx, "SELECT postings FROM folds WHERE high = ?", p.fold)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	list := slices.Clone(within(q.widened, p.span))
+	for rows.Next() { // none when retention took it meanwhile
+		var postings sql.RawBytes
+		if err := rows.Scan(&postings); err != nil {
+			return err
+		}
+		wanted := func(dim int64) bool { return q.found[dim] }
+		if err := decodePostings(postings, p.fold, wanted, func(f posting) { list = append(list, f.finish) }); err != nil {
+			return err
+		}
+	}
+	slices.Sort(list)
+	p.list, p.fold = within(slices.Compact(list), p.span), 0
+	return rows.Err()
+}
+
+// where is the condition of q on a row in s, and in list if that is not nil.
+func (q *query) where(s span, list []int64) (cond string, args []any) {
+	cond, args = "finish BETWEEN ? AND ?", []any{s.low, s.high}
+	if list != nil {
+		cond, args = cond+" AND finish IN (SELECT value FROM json_each(?))", append(args, jsonNumbers(list))
+	}
+	for _, c := range q.conds {
+		cond += " AND " + c
+	}
+	args = append(args, q.args...)
+	if len(q.dims) > 0 {
+		cond += " AND EXISTS (SELECT 1 FROM dims WHERE dims.dim = calls.dim AND " + strings.Join(q.rowDims, " AND ") + ")"
+		args = append(args, q.rowDimArgs...)
+	}
+	return cond, args
+}
+
+// latest returns parts from the latest n calls of theirs on.
+func (r *sqliteReader) latest(ctx context.Context, q *query, parts []part, n int) ([]part, error) {
+	for i := len(parts) - 1; i >= 0; i-- {
+		p := &parts[i]
+		if err := p.read(ctx, r.db, q); err != nil {
+			return nil, err
+		}
+		rest := p.list
+		for more := true; more; {
+			var some []int64
+			if p.listed {
+				if len(rest) == 0 {
+					break
+				}
+				from := max(0, len(rest)-page)
+				rest, some = rest[:from], rest[from:]
+			} else {
+				more = false
+			}
+			cond, args := q.where(p.span, some)
+			var first, found int64
+			err := r.db.QueryRowContext(ctx, "SELECT coalesce(min(finish), 0), count(*) FROM (SELECT finish FROM calls WHERE "+cond+" ORDER BY finish DESC LIMIT ?)",
+				append(args, n)...).Scan(&first, &found)
+			if err != nil {
+				return nil, err
+			}
+			if n -= int(found); n == 0 {
+				p.low = first
+				p.list = within(p.list, p.span)
+				return parts[i:], nil
+			}
+		}
+	}
+	return parts, nil
+}
+
+// page reads the next calls of p, up to n, and makes it begin behind them. more says
+// that it may have some yet. With the last calls come the open ones as of the same
+// moment, if wanted.
+func (r *sqliteReader) page(ctx context.Context, q *query, p *part, n int, wantOpen bool) (calls, open []Call, more bool, err error) {
 	tx, err := r.db.BeginTx(ctx, nil)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, false, err
 	}
 	defer tx.Rollback()
-	cond, args := p.where(q)
-	rows, err := tx.QueryContext(ctx, selectCalls+"WHERE "+cond+" ORDER BY finish LIMIT ?", append(args, n)...)
+	if err := p.read(ctx, tx, q); err != nil {
+		return nil, nil, false, err
+	}
+	var list []int64
+	if p.listed {
+		if len(p.list) == 0 {
+			return nil, nil, false, nil
+		}
+		list = p.list[:min(page, len(p.list))]
+		p.list = p.list[len(list):]
+	}
+	want := min(page, n)
+	cond, args := q.where(p.span, list)
+	rows, err := tx.QueryContext(ctx, selectCalls+"WHERE "+cond+" ORDER BY finish LIMIT ?", append(args, want)...)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, false, err
 	}
 	defer rows.Close()
 	for rows.Next() {
-		c, err := scanCall(rows)
+		c, _, err := scanCall(rows)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, false, err
 		}
 		calls = append(calls, c)
 	}
-	if err := rows.Err(); err != nil || !wantOpen || len(calls) == n && !last {
-		return calls, nil, err
+	if err := rows.Err(); err != nil {
+		return nil, nil, false, err
+	}
+	if p.listed {
+		more = len(p.list) > 0
+	} else if more = len(calls) == want && want < n; more {
+		p.low = int64(calls[want-1].Finish) + 1
+	}
+	if !wantOpen || more {
+		return calls, nil, more, nil
 	}
 	rows, err = tx.QueryContext(ctx, "SELECT line FROM open ORDER BY seq")
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, false, err
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var line []byte
 		if err := rows.Scan(&line); err != nil {
-			return nil, nil, err
+			return nil, nil, false, err
 		}
 		var c Call
 		if err := decode(line, &c); err != nil {
-			return nil, nil, fmt.Errorf("read open call: %w", err)
+			return nil, nil, false, fmt.Errorf("read open call: %w", err)
 		}
 		if q.matches(&c) {
 			open = append(open, c)
 		}
 	}
-	return calls, open, rows.Err()
+	return calls, open, false, rows.Err()
 }
 
 // query is a Filter as SQL for calls that ended, and as Go for the few that are
 // open.
 type query struct {
-	conds   []string // on calls
-	args    []any
-	dims    []string // on dims
-	dimArgs []any
-	ids     []string // that the calls have
-	tests   []func(*Call) bool
+	conds  []string // on calls
+	args   []any
+	ids    [][]string // of each of these the calls have one
+	values []string   // of columns of dims, by which the calls are found whose dim says Other
+	tests  []func(*Call) bool
+
+	// Conditions on dims: that the dim itself meets, and that it meets with the rest
+	// of the call.
+	dims, rowDims       []string
+	dimArgs, rowDimArgs []any
+
+	found   map[int64]bool // the dims that meet them
+	widened []int64        // finishes of calls that may have one of values
 }
 
 func (q *query) add(test func(*Call) bool, cond string, args ...any) {
@@ -377,6 +520,20 @@ func (q *query) add(test func(*Call) bool, cond string, args ...any) {
 
 func (q *query) addDim(test func(*Call) bool, cond string, args ...any) {
 	q.dims, q.dimArgs, q.tests = append(q.dims, cond), append(q.dimArgs, args...), append(q.tests, test)
+	q.rowDims, q.rowDimArgs = append(q.rowDims, cond), append(q.rowDimArgs, args...)
+}
+
+// addValues selects by a column of dims that the rest of a call may hold instead.
+func (q *query) addValues(column string, values []string, of func(*Call) string) {
+	args := make([]any, len(values))
+	for i, v := range values {
+		args[i] = v
+	}
+	in := " IN (" + marks(len(values)) + ")"
+	q.dims, q.dimArgs = append(q.dims, column+in), append(q.dimArgs, args...)
+	q.rowDims = append(q.rowDims, "("+column+in+" OR json_extract(calls.rest, '$."+column+"')"+in+")")
+	q.rowDimArgs = append(append(q.rowDimArgs, args...), args...)
+	q.tests = append(q.tests, func(c *Call) bool { return slices.Contains(values, of(c)) })
 }
 
 func (q *query) matches(c *Call) bool {
@@ -398,14 +555,19 @@ func (r *sqliteReader) query(f Filter) (*query, error) {
 		until := f.Until.UTC()
 		q.add(func(c *Call) bool { return c.Time.Before(until) }, "time < ?", ceilMicro(until))
 	}
+	if f.Instance != "" {
+		q.add(func(c *Call) bool { return c.Instance == f.Instance }, "detail IN (SELECT detail FROM details WHERE instance = ?)", f.Instance)
+	}
 	equal := func(column, want string, of func(*Call) string) {
 		if want != "" {
 			q.addDim(func(c *Call) bool { return of(c) == want }, column+" = ?", want)
 		}
 	}
 	equal("integration", f.Integration, func(c *Call) string { return c.Integration })
-	equal("app_id", strings.ToLower(f.App), func(c *Call) string { return c.AppID })
-	equal("customer", strings.ToLower(f.Customer), func(c *Call) string { return c.Customer })
+	if f.App != "" {
+		q.values = []string{strings.ToLower(f.App)}
+		q.addValues("app_id", q.values, func(c *Call) string { return c.AppID })
+	}
 	equal("reason", f.Reason, func(c *Call) string { return c.Reason })
 	if f.Status != "" {
 		low, high, err := ParseStatus(f.Status)
@@ -419,19 +581,16 @@ func (r *sqliteReader) query(f Filter) (*query, error) {
 		if err != nil {
 			return nil, err
 		}
-		args := make([]any, len(refs))
-		for i, ref := range refs {
-			args[i] = ref
-		}
-		q.addDim(func(c *Call) bool { return slices.Contains(refs, c.UserRef) }, "user_ref IN ("+marks(len(refs))+")", args...)
+		q.ids = append(q.ids, refs)
+		q.addValues("user_ref", refs, func(c *Call) string { return c.UserRef })
 	}
 	if call := strings.ToLower(f.Call); call != "" {
-		q.ids = append(q.ids, call)
+		q.ids = append(q.ids, []string{call})
 		q.add(func(c *Call) bool { return c.ID == call }, "call = ?", packID(call))
 	}
 	byID := func(column, want string, of func(*Call) string) {
 		if want != "" {
-			q.ids = append(q.ids, want)
+			q.ids = append(q.ids, []string{want})
 			lower := lowerASCII(want)
 			packed := packID(lower)
 			q.add(func(c *Call) bool { return lowerASCII(of(c)) == lower },
@@ -441,6 +600,10 @@ func (r *sqliteReader) query(f Filter) (*query, error) {
 	}
 	byID("request_id", f.RequestID, func(c *Call) string { return c.RequestID })
 	byID("correlation_id", f.CorrelationID, func(c *Call) string { return c.CorrelationID })
+	if customer := strings.ToLower(f.Customer); customer != "" {
+		q.ids = append(q.ids, []string{customer})
+		q.add(func(c *Call) bool { return c.Customer == customer }, "customer = ?", packID(customer))
+	}
 	return q, nil
 }
 

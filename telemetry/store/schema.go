@@ -14,58 +14,64 @@ import (
 
 // schemaVersion stands in PRAGMA user_version. An older database is rebuilt from
 // the ledger, a newer one refused.
-const schemaVersion = 2
+const schemaVersion = 3
 
 // applicationID stands in PRAGMA application_id, so that file(1) and this program
 // know the database: "PGst".
 const applicationID = 0x50477374
 
-// The schema. Times are microseconds since 1970, hours are hours since 1970. What
-// is not known is NULL in calls.
+// The schema. Times are microseconds since 1970, hours and days are those since 1970,
+// in UTC. What is not known is NULL in calls.
 //
 // A call costs one narrow row as it ends, behind all others: what repeats stands in
-// dims and details. All else is derived from the rows, for some thousand calls at a
-// time (folded), since a row in an index costs as much as a row in calls. A query
-// asks what is folded and scans the rows behind position.folded.
+// dims, details and tokens. All else is derived from the rows, for some thousand calls
+// at a time (folded), in rows that hold very many entries each, since a row in an index
+// costs as much as a row in calls. A query asks what is folded and scans the rows
+// behind position.folded.
 const schema = `
 -- The calls that ended. Ids are 16 bytes when they are GUIDs as this program writes
--- them, else text; Microsoft's are 0 when they are the client's. path is NULL when
--- it is the route.
+-- them, else text; Microsoft's are 0 when they are the client's. path: see packPath.
+-- rest is what dim says only that it is something else, as JSON.
 CREATE TABLE calls (
 	finish INTEGER PRIMARY KEY,
 	call NOT NULL,
 	time INTEGER NOT NULL,
 	dim INTEGER NOT NULL,
 	detail INTEGER NOT NULL,
-	path TEXT, uti TEXT, iat INTEGER, exp INTEGER,
+	token INTEGER,
+	customer, path, rest TEXT,
 	request_id, correlation_id, upstream_request_id, upstream_correlation_id,
 	bytes_in INTEGER, bytes_out INTEGER, duration_us INTEGER, upstream_us INTEGER
 );
 
--- What the calls of a sum have in common. hash is that of the rest; hour is the
--- last one folded with such a call.
+-- What the calls of a sum have in common: what, see appendDim; hash is that of it. day
+-- is the last one with such a call. The other columns are what is looked for: reading
+-- a column costs as much as all of what.
 CREATE TABLE dims (
-	dim INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, hour INTEGER NOT NULL,
-	integration TEXT NOT NULL, owner TEXT NOT NULL, tid TEXT NOT NULL, app_id TEXT NOT NULL, user_ref TEXT NOT NULL,
-	kind TEXT NOT NULL, verified INTEGER NOT NULL, customer TEXT NOT NULL, route TEXT NOT NULL, mode TEXT NOT NULL,
-	effect TEXT NOT NULL, reason TEXT NOT NULL, would_reject INTEGER NOT NULL, status INTEGER NOT NULL,
-	rejection TEXT NOT NULL, code TEXT NOT NULL, mfa TEXT NOT NULL, mfa_compliant TEXT NOT NULL, amr TEXT NOT NULL
+	dim INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, day INTEGER NOT NULL, what BLOB NOT NULL,
+	integration TEXT NOT NULL, app_id TEXT NOT NULL, user_ref TEXT NOT NULL, verified INTEGER NOT NULL, reason TEXT NOT NULL, status INTEGER NOT NULL
 );
+CREATE INDEX dims_app ON dims (app_id);
 
--- What else repeats, by the hour in which the calls began: detail / 2^32.
+-- What else repeats, by the day on which the calls began: see firstDetail.
 CREATE TABLE details (
 	detail INTEGER PRIMARY KEY,
 	instance TEXT, generation INTEGER, listener TEXT, peer TEXT, method TEXT, query_names TEXT, upstream TEXT, evidence TEXT,
 	rule TEXT, application TEXT, user_agent TEXT, upstream_status TEXT, replays INTEGER, error TEXT
 );
 
--- The folded calls that began in an hour: by what they have in common, and between
--- which finishes they lie.
-CREATE TABLE sums (
-	hour INTEGER, dim INTEGER, calls INTEGER NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
-	PRIMARY KEY (hour, dim)
-) WITHOUT ROWID;
+-- The tokens, by the hour in which the calls began: see firstToken. uti is 16 bytes
+-- when it can be, else text; caller is a dim of such a call.
+CREATE TABLE tokens (token INTEGER PRIMARY KEY, caller INTEGER NOT NULL, uti, iat INTEGER, exp INTEGER);
+
+-- What the folded calls come to that began in an hour or on a day: see sumKind.
+CREATE TABLE sums (kind INTEGER, start INTEGER, entries BLOB NOT NULL, PRIMARY KEY (kind, start));
+
+-- Between which finishes the folded calls lie that began in an hour.
 CREATE TABLE hours (hour INTEGER PRIMARY KEY, low INTEGER NOT NULL, high INTEGER NOT NULL);
+
+-- The folds: by dim, the finishes of the calls up to high that are in no earlier one.
+CREATE TABLE folds (high INTEGER PRIMARY KEY, postings BLOB NOT NULL);
 
 -- The ids of the folded calls: see idIndex.
 CREATE TABLE ids (run INTEGER PRIMARY KEY, entries BLOB NOT NULL);
@@ -116,7 +122,7 @@ func openWriter(path string) (*writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &writer{db: db, pace: atOnce, foldAt: foldCalls}
+	w := &writer{joiner: joiner{pace: atOnce}, db: db, foldAt: foldCalls, maxDims: maxDims, maxCustomers: maxCustomers}
 	if err := w.init(); err != nil {
 		w.close()
 		return nil, fmt.Errorf("open store %s: %w", path, err)

@@ -1,9 +1,11 @@
-// Package store is a view of the ledger to search and sum: an SQLite database,
-// store.db in the data directory, that follows the ledger at its own pace. Each
-// call becomes one row, decision and outcome joined, and is counted into sums by
-// the hour as it is read, so that a report never reads the calls.
+// Package store is a view of the ledger to search and sum: a database that follows
+// the ledger at its own pace. Each call becomes one row, decision and outcome joined,
+// and is counted into sums by the hour as it is read, so that a report never reads
+// the calls.
 //
-// Nothing is lost with the database: it can be rebuilt from the ledger at any time.
+// The database is SQLite, store.db in the data directory, or one in PostgreSQL that
+// the guards of a fleet share. Both answer alike. Nothing is lost with either: it can
+// be built anew from the ledgers, as far back as these go.
 package store
 
 import (
@@ -11,29 +13,25 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/gofrs/flock"
 	"github.com/partnerguard/partnerguard/telemetry/ledger"
 )
 
-// Store writes the database. There is one per data directory, by a file lock; any
-// number of Readers stand beside it. Its methods are safe for concurrent use.
+// Store writes the database. There is one per ledger, by a lock; any number of
+// Readers stand beside it. Its methods are safe for concurrent use.
 type Store struct {
 	cfg    Config
-	lock   *flock.Flock
 	wake   chan struct{}
 	status atomic.Pointer[Status] // replaced whole
 
-	mu     sync.Mutex  // guards what follows: one batch at a time
-	w      *writer     // nil when the database could not be opened again
-	file   os.FileInfo // of the database that w has open
-	source Source      // nil: to be opened at w.position
-	pruned time.Time   // when retention was last applied
+	mu     sync.Mutex // guards what follows: one batch at a time
+	db     backend
+	in     *joiner   // nil while db is closed
+	source Source    // nil: to be opened at in.position
+	pruned time.Time // when retention was last applied
 	closed bool
 }
 
@@ -42,9 +40,26 @@ type Config struct {
 	// Dir is the data directory: the database is store.db there, and the ledger
 	// that is followed is that of the same directory.
 	Dir string
-	// Retention is how long calls and sums are kept, in whole hours by the time of
-	// the call. Zero is 30 days, negative keeps all; it should equal the ledger's.
+	// Postgres is the fleet's database, as a URL (postgres://user@host/name) or in the
+	// form key=value; see docs/fleet.md. Empty: SQLite in Dir.
+	Postgres string
+	// Instance names this guard to the fleet. With Postgres only.
+	Instance string
+	// Version is this program's, for the operator of the database. With Postgres only.
+	Version string
+	// Pseudonymous keeps from the database who the users are. With Postgres only; SQLite
+	// never holds it.
+	Pseudonymous bool
+	// Ledger is the identity of what is followed, a UUID. Empty: that of the ledger in
+	// Dir. With Postgres only.
+	Ledger string
+	// Retention is how long calls and sums are kept, in whole hours, in PostgreSQL in
+	// whole days (UTC), by the time of the call; there the guard with the longest one
+	// decides when a day is dropped. Zero is 30 days, negative keeps all; it should equal the ledger's.
 	Retention time.Duration
+	// TenantRetention is how long the calls of single tenants are kept instead, by
+	// tenant id in small letters. In PostgreSQL by whole days.
+	TenantRetention map[string]time.Duration
 	// Now is the clock for Retention and Lag. Nil means time.Now.
 	Now func() time.Time
 	// Event is told what an operator must know. It must not block, and must not
@@ -98,10 +113,14 @@ const (
 	retryMax      = 5 * time.Second
 )
 
-// Open opens the database for writing, and creates it where there is none. A
-// damaged one is set aside as store.db.damaged-<time>, one of an older schema or
-// of another ledger removed; both are rebuilt as the Store follows. The error says
-// so when the schema is newer than this program's, or another process writes.
+// Open opens the database for writing, and creates it where there is none.
+//
+// A damaged SQLite database is set aside as store.db.damaged-<time>, one of an older
+// schema or of another ledger removed; both are rebuilt as the Store follows. The error
+// says so when the schema is newer than this program's, or another process writes.
+//
+// With Config.Postgres only the configuration can be an error: the database is
+// connected to as the Store follows, and again whenever that fails.
 func Open(cfg Config) (*Store, error) {
 	if cfg.Dir == "" {
 		return nil, errors.New("store: Config.Dir is required")
@@ -118,91 +137,27 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Source == nil {
 		cfg.Source = func(from ledger.Position) (Source, error) { return ledger.NewReader(cfg.Dir, from) }
 	}
-	lock, err := lockDir(cfg.Dir)
+	s := &Store{cfg: cfg, wake: make(chan struct{}, 1)}
+	if cfg.Postgres != "" {
+		db, err := newPostgres(cfg)
+		if err != nil {
+			return nil, err
+		}
+		s.db = db
+		s.publish(Status{})
+		return s, nil
+	}
+	db, err := newSQLite(cfg)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{cfg: cfg, lock: lock, wake: make(chan struct{}, 1)}
-	if err := s.open(); err != nil {
-		lock.Close()
+	s.db = db
+	if s.in, err = db.open(context.Background()); err != nil {
+		db.release()
 		return nil, err
 	}
 	s.publish(Status{})
 	return s, nil
-}
-
-// lockDir makes sure that one process at a time writes the store of dir.
-func lockDir(dir string) (*flock.Flock, error) {
-	lock := flock.New(filepath.Join(dir, "store.lock"), flock.SetPermissions(0o600))
-	ok, err := lock.TryLock()
-	if err != nil {
-		return nil, fmt.Errorf("lock store in %s: %w", dir, err)
-	}
-	if !ok {
-		return nil, &hintError{
-			fmt.Errorf("store in %s is being written by another process", dir),
-			"stop the other partnerguard first, or choose another directory with --data-dir",
-		}
-	}
-	return lock, nil
-}
-
-// open opens the database, after setting aside one that cannot be used.
-func (s *Store) open() error {
-	path := dbPath(s.cfg.Dir)
-	w, err := openWriter(path)
-	switch {
-	case errors.Is(err, errOutdated):
-		s.cfg.Event(Event{Outdated, path, err})
-		if err := removeDB(path); err != nil {
-			return err
-		}
-		w, err = openWriter(path)
-	case damaged(err):
-		aside, moveErr := s.setAside(path)
-		if moveErr != nil {
-			return moveErr
-		}
-		s.cfg.Event(Event{Damaged, aside, err})
-		w, err = openWriter(path)
-	}
-	if err == nil {
-		s.file, err = os.Stat(path)
-	}
-	if err != nil {
-		if w != nil {
-			w.close()
-		}
-		return err
-	}
-	s.w = w
-	return nil
-}
-
-// inPlace returns errMoved when the database that is open is no longer the file of
-// its name. It must not open that file: to close it again would drop the locks that
-// this process holds on it (POSIX), and so SQLite's.
-func (s *Store) inPlace() error {
-	if s.file == nil {
-		return nil // a Rebuild, which nobody knows of
-	}
-	now, err := os.Stat(dbPath(s.cfg.Dir))
-	if errors.Is(err, os.ErrNotExist) || err == nil && !os.SameFile(now, s.file) {
-		return errMoved
-	}
-	return nil
-}
-
-// setAside renames the database, its log included, and returns its new name.
-func (s *Store) setAside(path string) (string, error) {
-	stamp := s.cfg.Now().UTC().Format("20060102T150405.000Z")
-	aside := path + ".damaged-" + stamp
-	for _, suffix := range []string{"-wal", "-shm", ""} {
-		if err := os.Rename(path+suffix, aside+suffix); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return "", fmt.Errorf("set damaged store aside: %w", err)
-		}
-	}
-	return aside, nil
 }
 
 // Follow reads the ledger into the database until ctx ends, and returns nil then.
@@ -210,7 +165,7 @@ func (s *Store) setAside(path string) (string, error) {
 func (s *Store) Follow(ctx context.Context) error {
 	retry := retryMin
 	for ctx.Err() == nil {
-		_, eof, err := s.step(new(pacer).pause)
+		_, eof, err := s.step(ctx, new(pacer).pause)
 		if errors.Is(err, errClosed) {
 			return err
 		}
@@ -287,7 +242,7 @@ func (s *Store) CatchUp(ctx context.Context) (int, error) {
 		if err := ctx.Err(); err != nil {
 			return total, err
 		}
-		n, eof, err := s.step(atOnce)
+		n, eof, err := s.step(ctx, atOnce)
 		total += n
 		if err != nil || eof {
 			return total, err
@@ -295,65 +250,64 @@ func (s *Store) CatchUp(ctx context.Context) (int, error) {
 	}
 }
 
-var (
-	errClosed = errors.New("store is closed")
-	errMoved  = errors.New("the database was removed or replaced while it was in use")
-)
+var errClosed = errors.New("store is closed")
 
 // step reads one batch of records into the database. eof says that the ledger's
 // end was reached. After an error the next step begins where the last good one
 // ended. pace is called within.
-func (s *Store) step(pace func()) (n int, eof bool, err error) {
+func (s *Store) step(ctx context.Context, pace func()) (n int, eof bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return 0, false, errClosed
 	}
 	before := *s.status.Load()
-	n, bad, eof, err := s.batch(pace)
+	n, bad, eof, err := s.batch(ctx, pace)
 	now := Status{CaughtUp: eof, BadRecords: before.BadRecords + bad}
 	if err != nil {
-		err = s.recover(err)
+		err = s.recover(ctx, err)
 	}
-	if now.Err = err; err != nil {
+	switch now.Err = err; {
+	case err != nil && ctx.Err() != nil: // the caller went away
+		now.CaughtUp, now.Err = false, before.Err
+	case err != nil:
 		now.CaughtUp = false
 		if before.Err == nil {
-			s.cfg.Event(Event{Failing, dbPath(s.cfg.Dir), err})
+			s.cfg.Event(Event{Failing, s.db.name(), err})
 		}
-	} else if before.Err != nil {
-		s.cfg.Event(Event{Recovered, dbPath(s.cfg.Dir), nil})
+	case before.Err != nil:
+		s.cfg.Event(Event{Recovered, s.db.name(), nil})
 	}
 	s.publish(now)
 	return n, eof, err
 }
 
-// publish makes st, completed from the writer, what Status returns.
+// publish makes st, completed by what the database holds, what Status returns.
 func (s *Store) publish(st Status) {
-	if s.w != nil {
-		st.Position, st.Seq, st.Time, st.Open = s.w.position, s.w.seq, s.w.newest, len(s.w.open)
+	if s.in != nil {
+		st.Position, st.Seq, st.Time, st.Open = s.in.position, s.in.seq, s.in.newest, len(s.in.open)
 	} else if before := s.status.Load(); before != nil {
 		st.Position, st.Seq, st.Time, st.Open = before.Position, before.Seq, before.Time, before.Open
 	}
 	s.status.Store(&st)
 }
 
-func (s *Store) batch(pace func()) (n int, bad int64, eof bool, err error) {
-	if s.w == nil {
-		if err := s.open(); err != nil {
+func (s *Store) batch(ctx context.Context, pace func()) (n int, bad int64, eof bool, err error) {
+	if s.in == nil {
+		if s.in, err = s.db.open(ctx); err != nil {
 			return 0, 0, false, err
 		}
 	}
-	if err := s.inPlace(); err != nil {
-		return 0, 0, false, err
-	}
-	s.w.pace = pace
+	s.in.pace = pace
 	if s.source == nil {
-		if s.source, err = s.cfg.Source(s.w.position); err != nil {
+		source, err := s.cfg.Source(s.in.position)
+		if err != nil {
 			return 0, 0, false, err
 		}
+		s.source = source // not before: a nil *ledger.Reader is a Source
 	}
 	if now := s.cfg.Now(); s.cfg.Retention > 0 && now.Sub(s.pruned) >= pruneInterval {
-		done, err := s.w.prune(now.Add(-s.cfg.Retention))
+		done, err := s.db.prune(ctx, now.Add(-s.cfg.Retention))
 		if err != nil {
 			return 0, 0, false, err
 		}
@@ -377,57 +331,50 @@ func (s *Store) batch(pace func()) (n int, bad int64, eof bool, err error) {
 			return 0, bad, false, err
 		}
 		if b == nil {
-			if b, err = s.w.begin(); err != nil {
+			if err := s.db.begin(ctx); err != nil {
 				return 0, bad, false, err
 			}
+			b = &batch{in: s.in, known: s.db.holds, position: s.in.position, seq: s.in.seq}
 		}
 		n++
 		pace()
-		if err := b.add(e); err != nil {
+		if err := b.add(ctx, e); err != nil {
 			bad++
 			s.cfg.Event(Event{BadRecord, "", fmt.Errorf("read ledger record %d: %w", e.Seq, err)})
 		}
 	}
 	if b == nil {
-		return 0, bad, eof, nil
+		err := s.db.idle(ctx, eof)
+		return 0, bad, eof && err == nil, err
 	}
-	if err := b.commit(); err != nil {
+	if b.err != nil {
+		return 0, bad, false, fmt.Errorf("write store: %w", b.err)
+	}
+	b.abandon()
+	b.caughtUp = eof
+	if err := s.db.commit(ctx, b); err != nil {
 		return 0, bad, false, err
 	}
+	s.in.position, s.in.seq = b.position, b.seq
 	return n, bad, eof, nil
 }
 
 // recover puts the Store back to what the database holds after err, and gets rid
 // of a database that is the cause. It returns the error that remains.
-func (s *Store) recover(err error) error {
+func (s *Store) recover(ctx context.Context, err error) error {
 	if s.source != nil {
 		s.source.Close()
 		s.source = nil
 	}
-	if s.w == nil || errors.Is(err, errBusy) {
+	if s.in == nil || errors.Is(err, errBusy) {
 		return err
 	}
-	s.w.close()
-	s.w = nil
-	path := dbPath(s.cfg.Dir)
-	switch {
-	case errors.Is(err, ledger.ErrPosition):
-		s.cfg.Event(Event{Outdated, path, err})
-		if err := removeDB(path); err != nil {
-			return err
-		}
-		err = nil
-	case damaged(err), errors.Is(err, errMoved):
-		aside, moveErr := s.setAside(path)
-		if moveErr != nil {
-			return moveErr
-		}
-		s.cfg.Event(Event{Damaged, aside, err})
-		err = nil
+	s.db.close()
+	s.in = nil
+	if err = s.db.recover(err); err != nil {
+		return err // the next batch opens it
 	}
-	if openErr := s.open(); openErr != nil {
-		return openErr
-	}
+	s.in, err = s.db.open(ctx)
 	return err
 }
 
@@ -456,85 +403,7 @@ func (s *Store) Close() error {
 	if s.source != nil {
 		errs = append(errs, s.source.Close())
 	}
-	if s.w != nil {
-		errs = append(errs, s.w.close())
-	}
-	return errors.Join(append(errs, s.lock.Close())...)
-}
-
-// Rebuild makes the database of dir anew from its ledger and puts it in the place
-// of the old one, which readers can use until then. Nobody else may write the store
-// meanwhile. progress, if not nil, is told the number of records read so far.
-func Rebuild(ctx context.Context, dir string, progress func(records int)) error {
-	lock, err := lockDir(dir)
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	source, err := ledger.NewReader(dir, ledger.Position{})
-	if err != nil {
-		return err
-	}
-	return rebuild(ctx, dir, source, progress)
-}
-
-func rebuild(ctx context.Context, dir string, source Source, progress func(int)) error {
-	path := dbPath(dir) + ".new"
-	if err := removeDB(path); err != nil {
-		source.Close()
-		return err
-	}
-	w, err := openWriter(path)
-	if err != nil {
-		source.Close()
-		return err
-	}
-	s := &Store{cfg: Config{Dir: dir, Now: time.Now, Event: func(Event) {}}, w: w, source: source}
-	err = s.readAll(ctx, progress)
-	err = errors.Join(err, source.Close(), w.close())
-	if err != nil {
-		removeDB(path)
-		return fmt.Errorf("rebuild store: %w", err)
-	}
-	// The old log must not meet the new database.
-	if err := removeDB(dbPath(dir)); err != nil {
-		return err
-	}
-	if err := os.Rename(path, dbPath(dir)); err != nil {
-		return fmt.Errorf("rebuild store: %w", err)
-	}
-	return nil
-}
-
-func (s *Store) readAll(ctx context.Context, progress func(int)) error {
-	total := 0
-	for {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		n, _, eof, err := s.batch(atOnce)
-		if err != nil {
-			return err
-		}
-		if total += n; progress != nil {
-			progress(total)
-		}
-		if eof {
-			return nil
-		}
-	}
-}
-
-func dbPath(dir string) string { return filepath.Join(dir, "store.db") }
-
-// removeDB removes a database, its log first.
-func removeDB(path string) error {
-	for _, suffix := range []string{"-wal", "-shm", ""} {
-		if err := os.Remove(path + suffix); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("remove store: %w", err)
-		}
-	}
-	return nil
+	return errors.Join(append(errs, s.db.release())...)
 }
 
 // hintError is an error with a way out, for the command line to show.

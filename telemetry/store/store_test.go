@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -165,129 +164,6 @@ func content(t *testing.T, dir string) string {
 	return fmt.Sprintf("%+v\n%+v", readCalls(t, r, Filter{}), readSums(t, r))
 }
 
-func TestARowHoldsEveryFieldOfDecisionAndOutcome(t *testing.T) {
-	rec := callAt(0)
-	rec.Instance, rec.Generation, rec.Listener, rec.Peer = "guard-1", 7, "main", "192.0.2.7"
-	rec.QueryNames, rec.Upstream, rec.Evidence, rec.Customer = []string{"size", "a\"b"}, "partner-center", "app_id", "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11"
-	rec.Token.TenantID, rec.Token.UTI, rec.Token.IssuedAt, rec.Token.ExpiresAt = "tid", "EJwqP017IU6myA1eH3CLAA", 1780996100, 1781000000
-	rec.Rule, rec.RequestID, rec.CorrelationID, rec.Application, rec.UserAgent = "invoices first", "rq", "co", "Sched", "curl/8\u202e\x1b[31m"
-	rec.Status, rec.Rejection, rec.Code, rec.UpstreamStatus = 401, policy.RejectionMFARequired, "900421", "401 Unauthorized - MFA required"
-	rec.MFACompliant, rec.UpstreamRequestID, rec.UpstreamCorrelationID = policy.CompliantFalse, "urq", "uco"
-	rec.BytesIn, rec.BytesOut, rec.Duration, rec.UpstreamTime, rec.Replays, rec.Error = 10, 20, 1500*time.Microsecond, time.Millisecond, 1, "client_canceled"
-	j := &journal{}
-	j.call(rec)
-	dir := t.TempDir()
-	catchUp(t, openTest(t, dir, j, nil))
-	got := readCalls(t, openReader(t, dir), Filter{})
-
-	no := false
-	want := []Call{{
-		ID:     "019e82e3-4efb-7000-8000-000000000000",
-		Finish: 2,
-		Decided: Decided{
-			Time: start, Instance: "guard-1", Generation: 7, Listener: "main", Peer: "192.0.2.7", Method: "GET", Route: "/v1/invoices", Path: "/v1/invoices",
-			QueryNames: []string{"size", "a\"b"}, Upstream: "partner-center", Integration: "nightly-billing", Evidence: "app_id", Owner: "billing@contoso.example",
-			Customer: "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11", Kind: "app_user", Verified: true, TenantID: "tid", AppID: "app-1", UserRef: "ref-sam",
-			UTI: "EJwqP017IU6myA1eH3CLAA", IssuedAt: 1780996100, ExpiresAt: 1781000000, AMR: []string{"pwd"}, MFA: "absent", Mode: "audit", Rule: "invoices first",
-			Effect: "allow", Reason: "mfa_missing", WouldReject: true, RequestID: "rq", CorrelationID: "co", Application: "Sched", UserAgent: "curl/8\u202e\x1b[31m",
-		},
-		Finished: Finished{
-			Status: 401, Rejection: "mfa_required", Code: "900421", UpstreamStatus: "401 Unauthorized - MFA required", MFACompliant: &no,
-			UpstreamRequestID: "urq", UpstreamCorrelationID: "uco", BytesIn: 10, BytesOut: 20, DurationMS: 1.5, UpstreamMS: 1, Replays: 1, Error: "client_canceled",
-		},
-	}}
-	want[0].ID = rec.Call.String()
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("call read back (-want +got):\n%s", diff)
-	}
-	for _, part := range []any{want[0], want[0].Decided, want[0].Finished} {
-		v := reflect.ValueOf(part)
-		for i := range v.NumField() {
-			if v.Field(i).IsZero() {
-				t.Errorf("the sample leaves %s empty and so does not test it", v.Type().Field(i).Name)
-			}
-		}
-	}
-}
-
-func TestEachCallEndsOnce(t *testing.T) {
-	a, b := callAt(1), callAt(2)
-	cut := b
-	cut.Finished = proxy.Finished{Error: Interrupted}
-	late := callAt(2 + 25*60)
-	tests := []struct {
-		name                string
-		write               func(*journal)
-		ended, open, summed int64
-		check               func(calls []Call) string
-	}{
-		{"decision and outcome are one call", func(j *journal) { j.call(a) }, 1, 0, 1, nil},
-		{"a decision without outcome is open, in no sum", func(j *journal) { j.decide(a) }, 0, 1, 0, func(c []Call) string {
-			if !c[0].Open() || c[0].Reason != "mfa_missing" {
-				return "the open call lacks its decision"
-			}
-			return ""
-		}},
-		{"outcomes come in any order", func(j *journal) { j.decide(a); j.decide(b); j.end(b); j.end(a) }, 2, 0, 2, nil},
-		{"an interrupted call counts", func(j *journal) { j.decide(b); j.end(cut) }, 1, 0, 1, func(c []Call) string {
-			if c[0].Error != Interrupted {
-				return "error is " + c[0].Error
-			}
-			return ""
-		}},
-		{"a call open for a day is interrupted", func(j *journal) { j.decide(a); j.call(late) }, 2, 0, 2, func(c []Call) string {
-			if c[0].Error != Interrupted || c[1].Error != "" {
-				return "not the old call is the interrupted one"
-			}
-			return ""
-		}},
-		{"an outcome without decision is kept, under no integration", func(j *journal) { j.end(a) }, 1, 0, 1, func(c []Call) string {
-			if c[0].Integration != "" || !c[0].Time.Equal(a.Time.Truncate(time.Millisecond)) || c[0].Status != 200 {
-				return fmt.Sprintf("got %+v", c[0])
-			}
-			return ""
-		}},
-		{"a second outcome in the same batch does not count", func(j *journal) { j.call(a); j.end(a) }, 1, 0, 1, nil},
-		{"headers and gaps are no calls", func(j *journal) {
-			j.append(ledger.TypeHeader, `"version":1,"time":"2026-06-01T10:00:00.000000Z"`)
-			j.append(ledger.TypeGap, `"calls":3,"outcomes":4,"since":"2026-06-01T10:00:00.000000Z","until":"2026-06-01T10:00:01.000000Z","cause":"no space"`)
-		}, 0, 0, 0, nil},
-	}
-	for _, tt := range tests {
-		onBothSidesOfTheFold(t, tt.name, func(t *testing.T, foldAt int) {
-			j, dir := &journal{}, t.TempDir()
-			tt.write(j)
-			s := openTest(t, dir, j, nil)
-			s.w.foldAt = foldAt
-			catchUp(t, s)
-			r := openReader(t, dir)
-			var ended, open, summed int64
-			calls := readCalls(t, r, Filter{})
-			for _, c := range calls {
-				if c.Open() {
-					open++
-				} else {
-					ended++
-				}
-			}
-			for _, s := range readSums(t, r) {
-				summed += s.Calls
-			}
-			if ended != tt.ended || open != tt.open || summed != tt.summed {
-				t.Errorf("%d calls ended, %d open, %d in the sums; want %d, %d, %d", ended, open, summed, tt.ended, tt.open, tt.summed)
-			}
-			if got := s.Status().Open; int64(got) != tt.open {
-				t.Errorf("Status().Open = %d, want %d", got, tt.open)
-			}
-			if tt.check != nil {
-				if problem := tt.check(calls); problem != "" {
-					t.Error(problem)
-				}
-			}
-		})
-	}
-}
-
 // onBothSidesOfTheFold runs a test with calls that are folded as they come, and with
 // calls that are not.
 func onBothSidesOfTheFold(t *testing.T, name string, run func(t *testing.T, foldAt int)) {
@@ -314,68 +190,11 @@ func sample() *journal {
 	return j
 }
 
-func TestARestartAnywhereCountsEachLineOnce(t *testing.T) {
-	j := sample()
-	whole := t.TempDir()
-	catchUp(t, openTest(t, whole, j, nil))
-	want := content(t, whole)
-	for _, foldAt := range []int{1, 2, 3, foldCalls} {
-		for cut := range len(j.entries) + 1 {
-			dir := t.TempDir()
-			s := openTest(t, dir, j.upTo(cut), nil)
-			s.w.foldAt = foldAt
-			first := catchUp(t, s)
-			s.Close()
-			s = openTest(t, dir, j, nil)
-			s.w.foldAt = foldAt
-			second := catchUp(t, s)
-			if first+second != len(j.entries) {
-				t.Errorf("restart after line %d: %d + %d lines read, want %d in all", cut, first, second, len(j.entries))
-			}
-			if diff := cmp.Diff(want, content(t, dir)); diff != "" {
-				t.Errorf("restart after line %d, %d calls a fold (-without +with):\n%s", cut, foldAt, diff)
-			}
-		}
-	}
-}
-
-func TestAFailureInABatchCountsNothingTwice(t *testing.T) {
-	j := sample()
-	whole := t.TempDir()
-	catchUp(t, openTest(t, whole, j, nil))
-	want := content(t, whole)
-	for cut := 1; cut < len(j.entries); cut++ {
-		var events []Event
-		dir := t.TempDir()
-		failing := &journal{entries: j.entries, failAt: cut}
-		s := openTest(t, dir, failing, &events)
-		if _, err := s.CatchUp(t.Context()); err == nil {
-			t.Fatalf("CatchUp does not report that line %d could not be read", cut)
-		}
-		if s.Status().Err == nil || s.Status().CaughtUp {
-			t.Errorf("Status after a failure = %+v", s.Status())
-		}
-		catchUp(t, s)
-		if diff := cmp.Diff(want, content(t, dir)); diff != "" {
-			t.Errorf("failure at line %d (-without +with):\n%s", cut, diff)
-		}
-		var kinds []EventKind
-		for _, e := range events {
-			if e.Kind != BadRecord {
-				kinds = append(kinds, e.Kind)
-			}
-		}
-		if diff := cmp.Diff([]EventKind{Failing, Recovered}, kinds); diff != "" {
-			t.Errorf("events (-want +got):\n%s", diff)
-		}
-	}
-}
-
 func TestAWriteThatFailsIsTriedAgainWhole(t *testing.T) {
 	j, dir := sample(), t.TempDir()
 	s := openTest(t, dir, j, nil)
 	// Another process holds the write lock for longer than the store waits.
-	s.w.conn.ExecContext(t.Context(), "PRAGMA busy_timeout = 1")
+	writerOf(s).conn.ExecContext(t.Context(), "PRAGMA busy_timeout = 1")
 	other, err := sql.Open("sqlite", dbPath(dir))
 	if err != nil {
 		t.Fatal(err)
@@ -400,25 +219,6 @@ func TestAWriteThatFailsIsTriedAgainWhole(t *testing.T) {
 	catchUp(t, openTest(t, whole, j, nil))
 	if diff := cmp.Diff(content(t, whole), content(t, dir)); diff != "" {
 		t.Errorf("after a failed write (-want +got):\n%s", diff)
-	}
-}
-
-func TestRecordsThatCannotBeReadAreReportedAndPassedOver(t *testing.T) {
-	var events []Event
-	j, dir := &journal{}, t.TempDir()
-	j.append(ledger.TypeDecision, `"call":17`)
-	j.append(ledger.TypeDecision, `"status":200`)
-	j.call(callAt(1))
-	s := openTest(t, dir, j, &events)
-	catchUp(t, s)
-	if n := len(readCalls(t, openReader(t, dir), Filter{})); n != 1 {
-		t.Errorf("%d calls, want the good one", n)
-	}
-	if len(events) != 2 || events[0].Kind != BadRecord || s.Status().BadRecords != 2 {
-		t.Errorf("events %+v, bad records %d; want two", events, s.Status().BadRecords)
-	}
-	if msg := events[0].Err.Error(); msg != "read ledger record 1: no string at byte 32" {
-		t.Errorf("event says %q", msg)
 	}
 }
 
@@ -617,7 +417,7 @@ func TestOpenRefusesWithAWayOut(t *testing.T) {
 		}
 		db.Close()
 		_, err = Open(Config{Dir: dir})
-		if err == nil || !strings.Contains(err.Error(), "its schema has version 99, this program knows 2") || hint(err) == "" {
+		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("its schema has version 99, this program knows %d", schemaVersion)) || hint(err) == "" {
 			t.Errorf("Open = %v, hint %q", err, hint(err))
 		}
 		if _, err := OpenReader(dir); err == nil || hint(err) == "" {
@@ -660,50 +460,6 @@ func TestFilesAreForTheOwnerOnly(t *testing.T) {
 		if fi, err := os.Stat(f); err != nil || fi.Mode().Perm() != 0o600 {
 			t.Errorf("%s has mode %v, want 0600", filepath.Base(f), fi.Mode())
 		}
-	}
-}
-
-func TestAReaderBesideTheWriterSeesEachCallOnce(t *testing.T) {
-	const calls = 400
-	j, dir := &journal{}, t.TempDir()
-	s := openTest(t, dir, j, nil)
-	ctx, stop := context.WithCancel(t.Context())
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := s.Follow(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	defer wg.Wait()
-	defer stop()
-	wg.Go(func() {
-		for i := range calls {
-			r := callAt(i)
-			r.Call[14] = byte(i >> 8)
-			j.call(r)
-			s.Notify()
-		}
-	})
-	r := openReader(t, dir)
-	seen := map[string]int{}
-	last := uint64(0)
-	deadline := time.Now().Add(20 * time.Second)
-	for len(seen) < calls && time.Now().Before(deadline) {
-		for _, c := range readCalls(t, r, Filter{AfterFinish: last, EndedOnly: true}) {
-			seen[c.ID]++
-			last = c.Finish
-		}
-	}
-	if len(seen) != calls {
-		t.Errorf("followed %d calls, want %d", len(seen), calls)
-	}
-	for id, n := range seen {
-		if n != 1 {
-			t.Errorf("call %s came %d times", id, n)
-		}
-	}
-	if n, err := r.LastFinish(ctx); err != nil || n != last {
-		t.Errorf("LastFinish = %d, %v; want %d", n, err, last)
 	}
 }
 
@@ -753,7 +509,7 @@ func testRetention(t *testing.T, foldAt int) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	s.w.foldAt = foldAt
+	writerOf(s).foldAt = foldAt
 	for range 4 {
 		now = now.Add(time.Hour) // the time for the next look
 		catchUp(t, s)
@@ -773,7 +529,7 @@ func testRetention(t *testing.T, foldAt int) {
 	}
 	// What was folded before the oldest call ended may go only with its whole run.
 	for query, want := range map[string]int{
-		"SELECT count(*) FROM dims": 1,
+		"SELECT count(*) FROM dims": 2, // with the route, and without
 		"SELECT count(*) FROM details WHERE detail NOT IN (SELECT detail FROM calls)":             0,
 		"SELECT count(*) FROM ids WHERE (run & 0xffffffffffff) < (SELECT min(finish) FROM calls)": 0,
 	} {
@@ -792,161 +548,6 @@ func testRetention(t *testing.T, foldAt int) {
 	}
 }
 
-func TestGapsAreCounted(t *testing.T) {
-	dir := t.TempDir()
-	catchUp(t, openTest(t, dir, sample(), nil))
-	r := openReader(t, dir)
-	if calls, outcomes, err := r.Gaps(t.Context(), start, start.Add(time.Hour)); err != nil || calls != 3 || outcomes != 4 {
-		t.Errorf("Gaps = %d, %d, %v; want 3, 4", calls, outcomes, err)
-	}
-	if calls, _, err := r.Gaps(t.Context(), start.Add(2*time.Hour), time.Time{}); err != nil || calls != 0 {
-		t.Errorf("Gaps later = %d, %v; want none", calls, err)
-	}
-}
-
-func TestFilters(t *testing.T) {
-	j, dir := &journal{}, t.TempDir()
-	for i := range 4 {
-		r := callAt(i)
-		r.RequestID, r.CorrelationID = "8a1f0000-0000-4000-8000-00000000000"+fmt.Sprint(i), "same"
-		switch i {
-		case 1:
-			r.Integration, r.Token.AppID, r.Token.UPN, r.Customer = "crm", "app-2", "ref-kim", "c-1"
-			r.Reason = policy.ReasonMFAPresent
-		case 2:
-			r.Status, r.UpstreamRequestID, r.UpstreamCorrelationID = 401, "msft-7", "msft-c"
-		case 3:
-			r.Status = 404
-		}
-		j.call(r)
-	}
-	open := callAt(4)
-	open.Integration, open.CorrelationID = "crm", "other"
-	j.decide(open)
-	catchUp(t, openTest(t, dir, j, nil))
-	folded := t.TempDir()
-	s := openTest(t, folded, j, nil)
-	for n := range j.entries { // a fold a call
-		s.w.foldAt = 1
-		s.source = &cursor{j.upTo(n + 1), int64(n)}
-		catchUp(t, s)
-	}
-	r := openReader(t, dir)
-	first := callAt(0).Call.String()
-	tests := []struct {
-		name string
-		f    Filter
-		want string // minutes of the calls
-	}{
-		{"nothing", Filter{}, "0 1 2 3 4"},
-		{"ended only", Filter{EndedOnly: true}, "0 1 2 3"},
-		{"since", Filter{Since: callAt(2).Time}, "2 3 4"},
-		{"since just after", Filter{Since: callAt(2).Time.Add(1)}, "3 4"},
-		{"until", Filter{Until: callAt(2).Time}, "0 1"},
-		{"until just after", Filter{Until: callAt(2).Time.Add(1)}, "0 1 2"},
-		{"since another hour", Filter{Since: start.Add(3 * time.Hour)}, ""},
-		{"until an hour before", Filter{Until: start.Add(-3 * time.Hour)}, ""},
-		{"integration", Filter{Integration: "crm"}, "1 4"},
-		{"integration and time", Filter{Integration: "nightly-billing", Since: callAt(1).Time, Until: callAt(3).Time}, "2"},
-		{"user by reference", Filter{User: "ref-kim"}, "1"},
-		{"app, in any case", Filter{App: "APP-2"}, "1"},
-		{"customer", Filter{Customer: "C-1"}, "1"},
-		{"reason", Filter{Reason: "mfa_present"}, "1"},
-		{"status", Filter{Status: "404"}, "3"},
-		{"class of status", Filter{Status: "4xx"}, "2 3"},
-		{"call", Filter{Call: strings.ToUpper(first)}, "0"},
-		{"request id, in any case", Filter{RequestID: "8A1F0000-0000-4000-8000-000000000003"}, "3"},
-		{"Microsoft's request id", Filter{RequestID: "msft-7"}, "2"},
-		{"correlation id", Filter{CorrelationID: "same"}, "0 1 2 3"},
-		{"correlation id of an open call", Filter{CorrelationID: "other"}, "4"},
-		{"Microsoft's correlation id", Filter{CorrelationID: "msft-c"}, "2"},
-		{"a correlation id is no request id", Filter{RequestID: "same"}, ""},
-		{"the latest two", Filter{Limit: 2}, "2 3 4"},
-		{"the latest two that ended", Filter{Limit: 2, EndedOnly: true}, "2 3"},
-		{"more than there are", Filter{Limit: 9, EndedOnly: true}, "0 1 2 3"},
-		{"after a finish", Filter{AfterFinish: 4, EndedOnly: true}, "2 3"},
-		{"the first after a finish", Filter{AfterFinish: 4, Limit: 1, EndedOnly: true}, "2"},
-		{"hostile text", Filter{Integration: "' OR 1=1 --"}, ""},
-	}
-	for _, tt := range tests {
-		onBothSidesOfTheFold(t, tt.name, func(t *testing.T, foldAt int) {
-			r := r
-			if foldAt == 1 {
-				r = openReader(t, folded)
-			}
-			var got []string
-			for _, c := range readCalls(t, r, tt.f) {
-				got = append(got, fmt.Sprint(int(c.Time.Sub(start).Minutes())))
-			}
-			if strings.Join(got, " ") != tt.want {
-				t.Errorf("got calls %q, want %q", strings.Join(got, " "), tt.want)
-			}
-		})
-	}
-	if err := r.Calls(t.Context(), Filter{Status: "teapot"}, nil); err == nil || err.Error() != `status "teapot" is not known; write one such as 401, or a class such as 4xx` {
-		t.Errorf("bad status: %v", err)
-	}
-	stop := errors.New("stop")
-	if err := r.Calls(t.Context(), Filter{}, func(Call) error { return stop }); err != stop {
-		t.Errorf("Calls = %v, want the error of yield", err)
-	}
-}
-
-func TestCallsComePageByPage(t *testing.T) {
-	const n = 2*page + 10
-	j := &journal{}
-	for i := range n {
-		r := callAt(i)
-		r.Call[14] = byte(i >> 8)
-		j.call(r)
-	}
-	j.decide(callAt(9000))
-	onBothSidesOfTheFold(t, "all", func(t *testing.T, foldAt int) {
-		dir := t.TempDir()
-		s := openTest(t, dir, j, nil)
-		s.w.foldAt = foldAt
-		catchUp(t, s)
-		testPages(t, openReader(t, dir), n)
-	})
-}
-
-func testPages(t *testing.T, r Reader, n int) {
-	for _, tt := range []struct{ limit, want int }{{0, n + 1}, {page, page + 1}, {2 * page, 2*page + 1}, {page + 1, page + 2}, {n, n + 1}} {
-		got := readCalls(t, r, Filter{Limit: tt.limit})
-		if len(got) != tt.want || !got[len(got)-1].Open() {
-			t.Errorf("limit %d: %d calls, want %d, the open one last", tt.limit, len(got), tt.want)
-		}
-		ended := got[:len(got)-1]
-		if !slices.IsSortedFunc(ended, func(a, b Call) int { return int(a.Finish) - int(b.Finish) }) || ended[len(ended)-1].Finish != uint64(2*n) {
-			t.Errorf("limit %d: not the latest, in order", tt.limit)
-		}
-	}
-}
-
-func TestIDsAreKeptAsTheyCame(t *testing.T) {
-	for _, id := range []string{
-		"", "x", "8a1f0000-0000-4000-8000-00000000000a", "8A1F0000-0000-4000-8000-00000000000A", "8a1f0000-0000-4000-8000-00000000000g",
-		"8a1f0000000040008000000000000000", "{8a1f0000-0000-4000-8000-000000000000}", "8a1f0000-0000-4000-8000-0000000000\u00e9", strings.Repeat("9", 128),
-	} {
-		for _, client := range []string{"", id, "other"} {
-			r := callAt(1)
-			r.RequestID, r.UpstreamRequestID = client, id
-			j, dir := &journal{}, t.TempDir()
-			j.call(r)
-			catchUp(t, openTest(t, dir, j, nil))
-			reader := openReader(t, dir)
-			got := readCalls(t, reader, Filter{})
-			if len(got) != 1 || got[0].RequestID != client || got[0].UpstreamRequestID != id {
-				t.Errorf("of the client's id %q and Microsoft's %q came back %q and %q", client, id, got[0].RequestID, got[0].UpstreamRequestID)
-			}
-			upper := strings.ReplaceAll(strings.ToUpper(id), "\u00c9", "\u00e9") // beyond ASCII, case counts
-			if found := readCalls(t, reader, Filter{RequestID: upper}); id != "" && len(found) != 1 {
-				t.Errorf("%d calls with id %q", len(found), id)
-			}
-		}
-	}
-}
-
 // TestManyCallsWithOneID has more calls with an id than come on a page, in several
 // runs and behind the fold, and calls between them that have it not.
 func TestManyCallsWithOneID(t *testing.T) {
@@ -961,14 +562,14 @@ func TestManyCallsWithOneID(t *testing.T) {
 		j.call(r)
 	}
 	s := openTest(t, dir, nil, nil)
-	s.w.foldAt = 300
+	writerOf(s).foldAt = 300
 	for at := 0; at < len(j.entries); at += 400 {
 		s.source = &cursor{j.upTo(min(at+400, len(j.entries))), int64(at)}
 		catchUp(t, s)
 	}
 	r := openReader(t, dir)
-	if s.w.folded == 0 || s.w.pending.calls == 0 {
-		t.Fatalf("folded up to %d, %d calls pending; the test wants both", s.w.folded, s.w.pending.calls)
+	if writerOf(s).folded == 0 || writerOf(s).pending.calls == 0 {
+		t.Fatalf("folded up to %d, %d calls pending; the test wants both", writerOf(s).folded, writerOf(s).pending.calls)
 	}
 	for _, limit := range []int{0, 1, page, page + 1, n - 1} {
 		want := n
@@ -993,8 +594,8 @@ func TestWhatRepeatsIsFoundAgain(t *testing.T) {
 	s := openTest(t, dir, j, nil)
 	for i := range 6 {
 		j.call(callAt(i))
-		clear(s.w.dims.known)
-		clear(s.w.details.known)
+		clear(writerOf(s).dims.known)
+		clear(writerOf(s).details.known)
 		catchUp(t, s)
 	}
 	sums := readSums(t, openReader(t, dir))
@@ -1012,9 +613,9 @@ func TestACallThatEndsBehindTheFold(t *testing.T) {
 	j.decide(old)
 	j.call(callAt(1))
 	s := openTest(t, dir, j, nil)
-	s.w.foldAt = 1
+	writerOf(s).foldAt = 1
 	catchUp(t, s)
-	s.w.foldAt = foldCalls
+	writerOf(s).foldAt = foldCalls
 	j.call(callAt(25 * 60))
 	catchUp(t, s)
 	r := openReader(t, dir)

@@ -4,16 +4,12 @@ import (
 	"context"
 	"database/sql"
 	"database/sql/driver"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/google/uuid"
-	"github.com/partnerguard/partnerguard/telemetry/ledger"
 	sqlite3 "modernc.org/sqlite/lib"
 )
 
@@ -21,46 +17,31 @@ import (
 // what of its content is kept in memory. After an error it must be closed, since
 // its memory may be ahead of the database.
 type writer struct {
+	joiner
 	db   *sql.DB
 	conn *sql.Conn
-	pace func() // called within long work, every few calls
 
-	position ledger.Position
-	seq      uint64
-	newest   time.Time            // the latest beginning of a call
-	open     map[string]*openCall // by call
-	folded   int64                // the greatest finish that is folded
-	pending  *pending             // the calls behind it
-	foldAt   int                  // how many of them are folded
-	dims     dictionary
-	details  dictionary
+	folded   int64    // the greatest finish that is folded
+	lastHour int64    // that has a folded call
+	pending  *pending // the calls behind the fold
+	foldAt   int      // how many of them are folded
 
-	insertOpen, deleteOpen, selectDim, insertDim, touchDim, insertDetail, addSum, addHour, insertIDs, insertGap, move, setFolded *sql.Stmt
-	prepared                                                                                                                     []*sql.Stmt // all of them
+	maxDims, maxCustomers int
+	days                  map[int64]*admitted // by day
+	dims, details, tokens dictionary
+
+	insertOpen, deleteOpen, selectDim, insertDim, touchDim, insertDetail, insertToken  *sql.Stmt
+	selectSums, insertSums, addHour, insertFold, insertIDs, insertGap, move, setFolded *sql.Stmt
+	prepared                                                                           []*sql.Stmt // all of them
 
 	// Rows of calls go past database/sql, which takes a quarter of their time.
 	insertRow, insertRows driver.Stmt
+	rows                  []row               // of the calls of a batch
 	args                  []driver.NamedValue // of rowsAtOnce rows
 }
 
-// openCall is a decision that waits for its outcome.
-type openCall struct {
-	seq    uint64
-	call   Call
-	line   string // to be stored; empty when it is
-	stored bool
-
-	dim, detail int64 // once it has ended
-}
-
-const (
-	// rowsAtOnce is how many rows of calls one statement inserts.
-	rowsAtOnce = 8
-	// abandoned is the age at which a call without outcome counts as interrupted,
-	// measured against the newest call. No call of Partner Center's takes hours; the
-	// ledger itself ends the calls that a crash left open.
-	abandoned = 24 * time.Hour
-)
+// rowsAtOnce is how many rows of calls one statement inserts.
+const rowsAtOnce = 8
 
 func (w *writer) init() error {
 	ctx := context.Background()
@@ -84,14 +65,16 @@ func (w *writer) init() error {
 	}{
 		{&w.insertOpen, "INSERT OR REPLACE INTO open (call, seq, line) VALUES (?, ?, ?)"},
 		{&w.deleteOpen, "DELETE FROM open WHERE call = ?"},
-		{&w.selectDim, "SELECT dim, hour FROM dims WHERE hash = ?"},
-		{&w.insertDim, "INSERT INTO dims (hash, hour, " + dimColumns + ") VALUES (?, ?, " + marks(columns(dimColumns)) + ")"},
-		{&w.touchDim, "UPDATE dims SET hour = max(hour, ?) WHERE dim = ?"},
+		{&w.selectDim, "SELECT dim, day FROM dims WHERE hash = ?"},
+		{&w.insertDim, "INSERT INTO dims (hash, day, what, integration, app_id, user_ref, verified, reason, status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"},
+		{&w.touchDim, "UPDATE dims SET day = max(day, ?) WHERE dim = ?"},
 		{&w.insertDetail, "INSERT INTO details (detail, " + detailColumns + ") SELECT coalesce(max(detail) + 1, ?), " + marks(columns(detailColumns)) + " FROM details WHERE detail >= ? AND detail < ?"},
-		{&w.addSum, `INSERT INTO sums (hour, dim, calls, first, last) VALUES (?, ?, ?, ?, ?)
-			ON CONFLICT DO UPDATE SET calls = calls + excluded.calls, first = min(first, excluded.first), last = max(last, excluded.last)`},
+		{&w.insertToken, "INSERT INTO tokens (token, caller, uti, iat, exp) SELECT coalesce(max(token) + 1, ?), ?, ?, ?, ? FROM tokens WHERE token >= ? AND token < ?"},
+		{&w.selectSums, "SELECT start, entries FROM sums WHERE kind = ? AND start BETWEEN ? AND ?"},
+		{&w.insertSums, "INSERT INTO sums (kind, start, entries) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET entries = excluded.entries"},
 		{&w.addHour, `INSERT INTO hours (hour, low, high) VALUES (?, ?, ?)
 			ON CONFLICT DO UPDATE SET low = min(low, excluded.low), high = max(high, excluded.high)`},
+		{&w.insertFold, "INSERT INTO folds (high, postings) VALUES (?, ?) ON CONFLICT DO UPDATE SET postings = excluded.postings"},
 		{&w.insertIDs, "INSERT INTO ids (run, entries) VALUES (?, ?) ON CONFLICT DO UPDATE SET entries = CAST(entries || excluded.entries AS BLOB)"},
 		{&w.insertGap, "INSERT OR REPLACE INTO gaps (seq, calls, outcomes, since, until, cause) VALUES (?, ?, ?, ?, ?, ?)"},
 		{&w.move, "UPDATE position SET segment = ?, offset = ?, seq = ?, newest = ?"},
@@ -123,11 +106,14 @@ func columns(list string) int { return strings.Count(list, ",") + 1 }
 
 // load reads what the writer keeps in memory.
 func (w *writer) load(ctx context.Context) error {
-	w.dims.known, w.details.known = map[string]*entry{}, map[string]*entry{}
-	w.open, w.pending = map[string]*openCall{}, newPending()
+	for _, d := range [...]*dictionary{&w.dims, &w.details, &w.tokens} {
+		d.known = map[string]*entry{}
+	}
+	w.days, w.pending = map[int64]*admitted{}, newPending()
+	w.open = map[string]*openCall{}
 	var newest int64
-	err := w.conn.QueryRowContext(ctx, "SELECT segment, offset, seq, newest, folded FROM position").
-		Scan(&w.position.Segment, &w.position.Offset, &w.seq, &newest, &w.folded)
+	err := w.conn.QueryRowContext(ctx, "SELECT segment, offset, seq, newest, folded, (SELECT coalesce(max(hour), 0) FROM hours) FROM position").
+		Scan(&w.position.Segment, &w.position.Offset, &w.seq, &newest, &w.folded, &w.lastHour)
 	if err != nil {
 		return err
 	}
@@ -158,28 +144,52 @@ func (w *writer) load(ctx context.Context) error {
 
 // loadPending reads the calls that are not folded yet.
 func (w *writer) loadPending(ctx context.Context) error {
-	rows, err := w.conn.QueryContext(ctx, `SELECT finish, time, dim, call, request_id, correlation_id, upstream_request_id, upstream_correlation_id
-		FROM calls WHERE finish > ?`, w.folded)
+	rows, err := w.conn.QueryContext(ctx, selectCalls+"WHERE finish > ? ORDER BY finish", w.folded)
 	if err != nil {
 		return err
 	}
 	defer rows.Close()
-	dims := map[int64]*entry{}
+	type both struct{ call, counted Call }
+	var calls []both
 	for rows.Next() {
-		var c Call
-		var at, dim int64
-		err := rows.Scan(&c.Finish, &at, &dim, idText{to: &c.ID}, idText{to: &c.RequestID}, idText{to: &c.CorrelationID},
-			idText{to: &c.UpstreamRequestID, client: &c.RequestID}, idText{to: &c.UpstreamCorrelationID, client: &c.CorrelationID})
+		c, counted, err := scanCall(rows)
 		if err != nil {
 			return err
 		}
-		c.Time = time.UnixMicro(at)
-		if dims[dim] == nil {
-			dims[dim] = &entry{id: dim}
-		}
-		w.pending.add(&c, dims[dim])
+		calls = append(calls, both{c, counted})
 	}
-	return rows.Err()
+	if err := rows.Err(); err != nil {
+		return err
+	}
+	for i := range calls {
+		c := &calls[i]
+		day, err := w.admittedOn(ctx, dayNumber(c.call.Time))
+		if err != nil {
+			return err
+		}
+		dim, err := w.findDim(ctx, &c.counted, false)
+		if err != nil {
+			return err
+		}
+		if dim == nil {
+			return fmt.Errorf("read calls: that of call %s is not in dims", c.call.ID)
+		}
+		day.admit(dim, &c.call)
+		if err := w.count(ctx, &c.call, &c.counted, dim); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// count adds a call to what is pending.
+func (w *writer) count(ctx context.Context, c, counted *Call, dim *entry) error {
+	customer, customerDim, err := w.customer(ctx, c, counted, dim)
+	if err != nil {
+		return err
+	}
+	w.pending.add(c, counted, dim, customer, customerDim)
+	return nil
 }
 
 // close closes the database. SQLite folds its log into the database only when no
@@ -203,94 +213,15 @@ func (w *writer) close() error {
 	return errors.Join(append(errs, w.db.Close())...)
 }
 
-// batch is one transaction.
-type batch struct {
-	w        *writer
-	calls    []*openCall // that ended, with call.Finish set
-	gone     []string    // open calls that are no longer
-	gaps     []gap
-	started  []*openCall
-	position ledger.Position
-	seq      uint64
-	err      error // of the database, met while adding
-}
-
-type gap struct {
-	seq      uint64
-	Calls    int64     `json:"calls"`
-	Outcomes int64     `json:"outcomes"`
-	Since    time.Time `json:"since"`
-	Until    time.Time `json:"until"`
-	Cause    string    `json:"cause"`
-}
-
 // begin begins a batch. It is errBusy, and the writer as good as before, when another
 // process holds the database for longer than SQLite waits.
-func (w *writer) begin() (*batch, error) {
+func (w *writer) begin(context.Context) error {
 	if _, err := w.conn.ExecContext(context.Background(), "BEGIN IMMEDIATE"); err != nil {
 		if is(err, sqlite3.SQLITE_BUSY) {
 			err = fmt.Errorf("%w: %w", errBusy, err)
 		}
-		return nil, fmt.Errorf("write store: %w", err)
+		return fmt.Errorf("write store: %w", err)
 	}
-	return &batch{w: w, position: w.position, seq: w.seq}, nil
-}
-
-// add takes one record in. An error says that it cannot be read; the batch goes on
-// without it.
-func (b *batch) add(e ledger.Entry) error {
-	b.position, b.seq = e.Next, e.Seq
-	w := b.w
-	switch e.Type {
-	case ledger.TypeDecision:
-		o := &openCall{seq: e.Seq, line: string(e.Line)}
-		if err := decode(o.line, &o.call); err != nil {
-			return err
-		}
-		if o.call.Time.IsZero() {
-			o.call.Time = timeOf(o.call.ID)
-		}
-		if o.call.Time.After(w.newest) {
-			w.newest = o.call.Time
-		}
-		w.open[o.call.ID] = o
-		b.started = append(b.started, o)
-	case ledger.TypeOutcome:
-		var end Call
-		if err := decode(string(e.Line), &end); err != nil {
-			return err
-		}
-		o := w.open[end.ID]
-		if o == nil {
-			return b.orphan(e.Seq, end)
-		}
-		o.call.Finished = end.Finished
-		b.finish(o, e.Seq)
-	case ledger.TypeGap:
-		g := gap{seq: e.Seq}
-		if err := json.Unmarshal(e.Line, &g); err != nil {
-			return err
-		}
-		b.gaps = append(b.gaps, g)
-	}
-	return nil
-}
-
-// orphan takes in an outcome whose decision the ledger does not hold, or no longer.
-func (b *batch) orphan(seq uint64, end Call) error {
-	known := slices.ContainsFunc(b.calls, func(o *openCall) bool { return o.call.ID == end.ID })
-	if !known {
-		if known, b.err = b.w.holds(context.Background(), end.ID); b.err != nil {
-			return nil
-		}
-	}
-	if known {
-		return fmt.Errorf("second outcome of call %s", end.ID)
-	}
-	if end.Time.IsZero() {
-		end.Time = timeOf(end.ID)
-	}
-	b.finish(&openCall{call: end}, seq)
 	return nil
 }
 
@@ -312,46 +243,16 @@ func (w *writer) holds(ctx context.Context, call string) (known bool, err error)
 	return false, nil
 }
 
-// timeOf is the time in a call id, a UUIDv7; 1970 for another id.
-func timeOf(call string) time.Time {
-	id, err := uuid.Parse(call)
-	if err != nil || id.Version() != 7 {
-		return time.Unix(0, 0).UTC()
-	}
-	return time.Unix(id.Time().UnixTime()).UTC()
-}
-
-// finish ends the call o at ledger number seq: it becomes a row and counts.
-func (b *batch) finish(o *openCall, seq uint64) {
-	o.call.Finish = seq
-	b.calls = append(b.calls, o)
-	delete(b.w.open, o.call.ID)
-	if o.stored {
-		b.gone = append(b.gone, o.call.ID)
-	}
-}
-
 // commit writes the batch in one transaction.
-func (b *batch) commit() error {
-	w := b.w
-	if b.err != nil {
-		return fmt.Errorf("write store: %w", b.err)
-	}
-	for _, o := range w.open {
-		if w.newest.Sub(o.call.Time) > abandoned {
-			o.call.Error = Interrupted
-			b.finish(o, o.seq)
-		}
-	}
-	// The context of a caller who goes away must not tear the transaction.
+// The context of a caller who goes away must not tear it.
+func (w *writer) commit(_ context.Context, b *batch) error {
 	ctx := context.Background()
-	if err := b.write(ctx); err != nil {
+	if err := w.write(ctx, b); err != nil {
 		return fmt.Errorf("write store: %w", errors.Join(err, w.rollback(ctx)))
 	}
 	if _, err := w.conn.ExecContext(ctx, "COMMIT"); err != nil {
 		return fmt.Errorf("write store: %w", errors.Join(err, w.rollback(ctx)))
 	}
-	w.position, w.seq = b.position, b.seq
 	return nil
 }
 
@@ -365,25 +266,34 @@ func (w *writer) rollback(ctx context.Context) error {
 	return err
 }
 
-func (b *batch) write(ctx context.Context) error {
-	w := b.w
+func (w *writer) write(ctx context.Context, b *batch) error {
 	fold := false
+	w.rows = w.rows[:0]
 	for _, o := range b.calls {
 		w.pace()
-		dim, err := w.dim(ctx, &o.call)
+		c := &o.call
+		dim, counted, err := w.dim(ctx, c)
 		if err != nil {
 			return err
 		}
-		detail, err := w.detail(ctx, &o.call)
-		if err != nil {
+		r := row{dim: dim.id}
+		if r.rest, err = restOf(c, counted); err != nil {
 			return err
 		}
-		o.dim, o.detail = dim.id, detail
-		w.pending.add(&o.call, dim)
+		if r.detail, err = w.detail(ctx, c); err != nil {
+			return err
+		}
+		if r.token, err = w.token(ctx, counted, dim); err != nil {
+			return err
+		}
+		w.rows = append(w.rows, r)
+		if err := w.count(ctx, c, counted, dim); err != nil {
+			return err
+		}
 		// Only what is behind the fold is looked for there.
-		fold = fold || int64(o.call.Finish) <= w.folded
+		fold = fold || int64(c.Finish) <= w.folded
 	}
-	if err := w.conn.Raw(func(any) error { return b.insertCalls(ctx) }); err != nil {
+	if err := w.conn.Raw(func(any) error { return w.insertCalls(ctx, b) }); err != nil {
 		return err
 	}
 	if fold || w.pending.calls >= w.foldAt {
@@ -419,23 +329,21 @@ func (b *batch) write(ctx context.Context) error {
 }
 
 // insertCalls inserts the rows of the calls, past database/sql.
-func (b *batch) insertCalls(ctx context.Context) error {
-	w := b.w
-	for calls := range slices.Chunk(b.calls, rowsAtOnce) {
+func (w *writer) insertCalls(ctx context.Context, b *batch) error {
+	for at := 0; at < len(b.calls); {
 		w.pace()
-		insert, step := w.insertRows, len(calls)
-		if len(calls) < rowsAtOnce {
-			insert, step = w.insertRow, 1
+		insert, n := w.insertRows, rowsAtOnce
+		if len(b.calls)-at < n {
+			insert, n = w.insertRow, 1
 		}
-		for rows := range slices.Chunk(calls, step) {
-			w.args = w.args[:0]
-			for _, o := range rows {
-				w.args = appendRow(w.args, &o.call, o.dim, o.detail)
-			}
-			if _, err := insert.(driver.StmtExecContext).ExecContext(ctx, w.args); err != nil {
-				return err
-			}
+		w.args = w.args[:0]
+		for i := at; i < at+n; i++ {
+			w.args = appendRow(w.args, &b.calls[i].call, w.rows[i])
 		}
+		if _, err := insert.(driver.StmtExecContext).ExecContext(ctx, w.args); err != nil {
+			return err
+		}
+		at += n
 	}
 	return nil
 }
@@ -445,7 +353,7 @@ const pruneRows = 1000
 
 // prune removes a bounded number of the calls that began in hours that ended
 // before cutoff, and with the last of them their sums. done says that none is left.
-func (w *writer) prune(cutoff time.Time) (done bool, err error) {
+func (w *writer) prune(_ context.Context, cutoff time.Time) (done bool, err error) {
 	ctx := context.Background()
 	before := hourOf(cutoff)
 	if _, err := w.conn.ExecContext(ctx, "BEGIN IMMEDIATE"); err != nil {
@@ -476,25 +384,38 @@ func (w *writer) pruneBefore(ctx context.Context, hour int64) (done bool, err er
 	if n, err = w.exec(ctx, "DELETE FROM hours WHERE hour < ?", hour); err != nil || n == 0 {
 		return true, err
 	}
-	// The hours of dims count with what is pending.
+	// The days of dims count with what is pending.
 	if err := w.fold(ctx); err != nil {
 		return false, err
 	}
+	day := hour / 24
 	for query, before := range map[string]int64{
-		"DELETE FROM sums WHERE hour < ?":      hour,
-		"DELETE FROM dims WHERE hour < ?":      hour,
-		"DELETE FROM details WHERE detail < ?": firstDetail(hour),
-		"DELETE FROM gaps WHERE until < ?":     hour * hourMicros,
+		"DELETE FROM sums WHERE kind IN (0, 2) AND start < ?": hour,
+		"DELETE FROM sums WHERE kind IN (1, 3) AND start < ?": day,
+		"DELETE FROM dims WHERE day < ?":                      day,
+		"DELETE FROM details WHERE detail < ?":                firstDetail(day),
+		"DELETE FROM tokens WHERE token < ?":                  firstToken(hour),
+		"DELETE FROM gaps WHERE until < ?":                    hour * hourMicros,
 	} {
 		if _, err := w.exec(ctx, query, before); err != nil {
 			return false, err
 		}
 	}
-	clear(w.dims.known)
-	clear(w.details.known)
+	if day < w.lastHour/24 { // its first hours are gone
+		if err := w.sumDay(ctx, day); err != nil {
+			return false, err
+		}
+	}
+	for _, d := range [...]*dictionary{&w.dims, &w.details, &w.tokens} {
+		clear(d.known)
+	}
+	clear(w.days)
 	var oldest int64
-	if err := w.conn.QueryRowContext(ctx, "SELECT coalesce(min(low), 0) FROM hours").Scan(&oldest); err != nil || oldest == 0 {
-		return err == nil, err
+	if err := w.conn.QueryRowContext(ctx, "SELECT coalesce(min(low), ?) FROM hours", w.folded+1).Scan(&oldest); err != nil {
+		return false, err
+	}
+	if _, err := w.exec(ctx, "DELETE FROM folds WHERE high < ?", oldest); err != nil {
+		return false, err
 	}
 	for bucket := range w.pending.ids {
 		if _, err := w.exec(ctx, "DELETE FROM ids WHERE run >= ? AND run < ?", runOf(bucket, 0), runOf(bucket, oldest)); err != nil {
@@ -517,6 +438,9 @@ const hourMicros = int64(time.Hour / time.Microsecond)
 
 // hourOf is the hour since 1970 that t lies in.
 func hourOf(t time.Time) int64 { return t.Unix() / 3600 }
+
+// dayNumber is the day since 1970 that t lies in, in UTC.
+func dayNumber(t time.Time) int64 { return hourOf(t) / 24 }
 
 // jsonNumbers is what SQLite's json_each takes apart again.
 func jsonNumbers(numbers []int64) string {
