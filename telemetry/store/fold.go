@@ -146,6 +146,9 @@ func (w *writer) foldSums(ctx context.Context) error {
 			return err
 		}
 		ended[hour/24] = true
+		for tenant, before := range w.stripped { // a call that came late
+			w.stripped[tenant] = min(before, hour)
+		}
 		w.lastHour = max(w.lastHour, hour)
 	}
 	for day := range ended {
@@ -249,10 +252,10 @@ func (w *writer) foldPostings(ctx context.Context, folded int64) error {
 // idIndex is an index of the ids of calls, by hash: a list of hash and finish in
 // each of its buckets. The ids of one fold are a run, a row a bucket; that of a
 // bucket is numbered so that its rows stand together, the oldest run first. A search
-// reads one bucket of every run, 1/64 of the index.
+// reads one bucket of every run, 1/256 of the index.
 //
 // A B-tree row an id would cost about twenty times as much.
-type idIndex [64][]idEntry
+type idIndex [256][]idEntry
 
 type idEntry struct {
 	tag    uint32 // 24 bits of the id's hash besides those that chose the bucket
@@ -310,7 +313,7 @@ func idHash(id string) (bucket int, tag uint32) {
 	}
 	h ^= h >> 32 // FNV's upper bits hardly depend on the last characters
 	h *= 0xd6e8feb86659fd93
-	return int(h >> 58), uint32(h>>34) & (1<<24 - 1)
+	return int(h >> 56), uint32(h>>32) & (1<<24 - 1)
 }
 
 // queryer is a connection or a transaction.

@@ -21,6 +21,9 @@ type sqliteDB struct {
 	event   func(Event)
 	lock    *flock.Flock
 	file    os.FileInfo // of the database that the writer has open
+
+	retention time.Duration            // of what kept does not name
+	kept      map[string]time.Duration // by tenant
 }
 
 // newSQLite takes the lock of cfg.Dir and opens its database.
@@ -29,7 +32,7 @@ func newSQLite(cfg Config) (*sqliteDB, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &sqliteDB{path: dbPath(cfg.Dir), now: cfg.Now, event: cfg.Event, lock: lock}, nil
+	return &sqliteDB{path: dbPath(cfg.Dir), now: cfg.Now, event: cfg.Event, lock: lock, retention: cfg.Retention, kept: cfg.TenantRetention}, nil
 }
 
 // lockDir makes sure that one process at a time writes the store of dir.

@@ -21,10 +21,11 @@ type writer struct {
 	db   *sql.DB
 	conn *sql.Conn
 
-	folded   int64    // the greatest finish that is folded
-	lastHour int64    // that has a folded call
-	pending  *pending // the calls behind the fold
-	foldAt   int      // how many of them are folded
+	folded   int64            // the greatest finish that is folded
+	lastHour int64            // that has a folded call
+	stripped map[string]int64 // by tenant, the hour before which retention of its own is applied
+	pending  *pending         // the calls behind the fold
+	foldAt   int              // how many of them are folded
 
 	maxDims, maxCustomers int
 	days                  map[int64]*admitted // by day
