@@ -36,7 +36,7 @@ func TestTheMainSuiteOverHTTP2OnBothSides(t *testing.T) {
 	if overHTTP2 {
 		return // this is that run
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 12*time.Minute)
 	defer cancel()
 	self, err := os.Executable()
 	if err != nil {

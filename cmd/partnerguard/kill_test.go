@@ -18,7 +18,11 @@ import (
 // Whatever reached Microsoft has its decision in the ledger, once; each decision has
 // one outcome; the store tells the same.
 func TestKillUnderLoad(t *testing.T) {
-	const rounds, clients, least = 100, 8, 4
+	const clients, least = 8, 4
+	rounds := 100
+	if overHTTP2 {
+		rounds = 20
+	}
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	yaml := guardYAML(em, "audit")
