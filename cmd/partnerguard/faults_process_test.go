@@ -202,7 +202,7 @@ func faultInSegment(t *testing.T, at float64) {
 	if code != 0 || !strings.Contains(stdout, "was set aside as damaged and is not verified") || !strings.Contains(stdout, "the chain holds") {
 		t.Errorf("ledger verify: exit %d\n%s%s", code, stdout, stderr)
 	}
-	aside, err := filepath.Glob(segment + ".*")
+	aside, err := filepath.Glob(segment + ".damaged-*")
 	if err != nil || len(aside) != 1 {
 		t.Fatalf("the damaged segment is not there under another name: %v %v", aside, err)
 	}

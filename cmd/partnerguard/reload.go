@@ -76,9 +76,9 @@ func (d *daemon) reload(why string) {
 	defer d.notify(systemd.SdNotifyReady)
 	defer d.health()
 	old := d.live.Load()
-	next, changes, err := d.next(old)
-	d.reloadErr.Store(&err)
-	if err != nil {
+	next, changes, failed := d.next(old)
+	d.reloadErr.Store(&failed) // and never changed again: others read it
+	if err := failed; err != nil {
 		d.tel.Reloaded(telemetry.ReloadFailed, old.number, problemOf(err))
 		d.logReloadError(err)
 		return

@@ -158,7 +158,7 @@ func encode(f file, size int64, write func(io.Writer) error) error {
 	// Of what a call's lines hold little repeats nearby: the better level, at half the
 	// speed, saves a tenth; the best one, at a tenth of the speed, 2 % more.
 	enc, err := zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedBetterCompression),
-		zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(8<<20))
+		zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(1<<20))
 	if err != nil {
 		return err
 	}

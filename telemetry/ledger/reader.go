@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -97,11 +98,26 @@ func NewReader(dir string, from Position) (*Reader, error) {
 	switch err := r.open(from.Segment, from.Offset); {
 	case err == nil, errors.Is(err, fs.ErrNotExist): // removed just now
 		return r, nil
+	case errors.Is(err, io.EOF) && cutBack(dir, nums, from.Segment):
+		// What was read of it beyond its end was good when it was read.
+		r.from = from.Segment + 1
+		return r, nil
 	case errors.Is(err, io.EOF):
 		return nil, fmt.Errorf("read ledger segment %s from byte %d: %w", segmentName(from.Segment), from.Offset, ErrPosition)
 	default:
 		return nil, err
 	}
+}
+
+// cutBack reports whether segment num was damaged, so that only its beginning stands
+// under its name: the segment that came next says what was set aside.
+func cutBack(dir string, nums []uint64, num uint64) bool {
+	i := slices.Index(nums, num) + 1
+	if i == len(nums) {
+		return false
+	}
+	h, err := readHeader(dir, nums[i])
+	return err == nil && slices.ContainsFunc(h.SetAside, func(name string) bool { return strings.HasPrefix(name, segmentName(num)) })
 }
 
 // Next returns the next record. io.EOF means that all that is committed has been

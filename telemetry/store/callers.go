@@ -96,7 +96,7 @@ func (r *sqliteReader) tokens(ctx context.Context, next, end int64, callers map[
 	}
 	defer rows.Close()
 	var of []int64 // dims, as tokens
-	missing := map[sumKey]sumValue{}
+	missing := map[int64]Dim{}
 	for rows.Next() {
 		var t Token
 		var caller int64
@@ -104,7 +104,7 @@ func (r *sqliteReader) tokens(ctx context.Context, next, end int64, callers map[
 			return nil, 0, err
 		}
 		if _, ok := callers[caller]; !ok {
-			missing[sumKey{dim: caller}] = sumValue{}
+			missing[caller] = Dim{}
 		}
 		tokens, of = append(tokens, t), append(of, caller)
 	}
@@ -112,11 +112,10 @@ func (r *sqliteReader) tokens(ctx context.Context, next, end int64, callers map[
 		return nil, 0, err
 	}
 	if len(missing) > 0 {
-		dims, err := readDims(ctx, tx, missing)
-		if err != nil {
+		if err := readDims(ctx, tx, missing); err != nil {
 			return nil, 0, err
 		}
-		maps.Copy(callers, dims)
+		maps.Copy(callers, missing)
 	}
 	for i := range tokens {
 		t, d := &tokens[i], callers[of[i]]

@@ -60,7 +60,7 @@ func (d *dictionary) bool(b bool) { d.key = strconv.AppendBool(d.key, b) }
 // maxDims bounds the sums of a day, whatever the callers send. A call that would make
 // one dim more counts under a coarser one: that is what widen does. Beyond twice as
 // many, under one of what only this program and its configuration say. Tokens that are
-// not verified, which cost their sender nothing, get an eighth of them.
+// not verified, which cost their sender nothing and name nobody, get a 32nd of them.
 const maxDims = 16_384
 
 // maxCustomers bounds the sums by customer of a day. Beyond, calls count as those of
@@ -207,7 +207,7 @@ func (w *writer) dim(ctx context.Context, c *Call) (*entry, *Call, error) {
 	}
 	for level := 0; ; level++ {
 		counted := widen(c, level)
-		free := level == widest || len(day.dims) < (level+1)*w.maxDims && (c.Verified || level > 0 || day.claimed < w.maxDims/8)
+		free := level == widest || len(day.dims) < (level+1)*w.maxDims && (c.Verified || level > 0 || day.claimed < w.maxDims/32)
 		e, err := w.findDim(ctx, counted, free)
 		if err != nil {
 			return nil, nil, err

@@ -125,16 +125,28 @@ func (r *sqliteReader) sums(ctx context.Context, by int, since, until time.Time)
 	}
 	defer tx.Rollback()
 	low, high := hourRange(since, until)
-	found := map[sumKey]sumValue{}
+	found := map[sumKey]*sumValue{}
 	if err := collectSums(ctx, tx, by, low, high, found); err != nil {
 		return nil, r.fail(err)
 	}
-	unfolded, err := unfoldedSums(ctx, tx, low, high)
+	unfolded, err := unfoldedSums(ctx, tx, by, low, high)
 	if err != nil {
 		return nil, r.fail(err)
 	}
-	dims, err := readDims(ctx, tx, found, unfolded)
-	if err != nil {
+	if by == byRoute {
+		for key, v := range unfolded {
+			add(found, key, v)
+		}
+		clear(unfolded)
+	}
+	dims := make(map[int64]Dim, len(found))
+	for key := range found {
+		dims[key.dim] = Dim{}
+	}
+	for key := range unfolded {
+		dims[key.dim] = Dim{}
+	}
+	if err := readDims(ctx, tx, dims); err != nil {
 		return nil, r.fail(err)
 	}
 	as := func(key sumKey) Dim {
@@ -150,21 +162,30 @@ func (r *sqliteReader) sums(ctx context.Context, by int, since, until time.Time)
 		rest[d] = rest[d].plus(v)
 	}
 	sums := make([]Sum, 0, len(found)+len(rest))
-	add := func(d Dim, v sumValue) {
+	put := func(d Dim, v sumValue) {
 		sums = append(sums, Sum{d, v.calls, time.UnixMicro(v.first).UTC(), time.UnixMicro(v.last).UTC()})
 	}
 	for key, v := range found {
 		d := as(key)
 		if len(rest) > 0 {
-			v = v.plus(rest[d])
+			*v = v.plus(rest[d])
 			delete(rest, d)
 		}
-		add(d, v)
+		put(d, *v)
 	}
 	for d, v := range rest {
-		add(d, v)
+		put(d, v)
 	}
 	return sums, nil
+}
+
+// add adds v to the sum of key.
+func add(sums map[sumKey]*sumValue, key sumKey, v sumValue) {
+	if sum := sums[key]; sum != nil {
+		*sum = sum.plus(v)
+		return
+	}
+	sums[key] = &v
 }
 
 func earlier(a, b time.Time) time.Time {
@@ -183,8 +204,8 @@ func later(a, b time.Time) time.Time {
 
 // collectSums adds the folded calls that began in the hours from low to high: days as a
 // whole as far as they are there, the rest by the hour.
-func collectSums(ctx context.Context, tx queryer, by int, low, high int64, found map[sumKey]sumValue) error {
-	add := func(e sumEntry) { found[e.sumKey] = found[e.sumKey].plus(e.sumValue) }
+func collectSums(ctx context.Context, tx queryer, by int, low, high int64, found map[sumKey]*sumValue) error {
+	visit := func(e sumEntry) { add(found, e.sumKey, e.sumValue) }
 	for _, part := range []struct {
 		kind  int
 		query string
@@ -198,7 +219,7 @@ func collectSums(ctx context.Context, tx queryer, by int, low, high int64, found
 		if err != nil {
 			return err
 		}
-		if err := eachSum(rows, part.kind, add); err != nil {
+		if err := eachSum(rows, part.kind, visit); err != nil {
 			return err
 		}
 	}
@@ -221,9 +242,9 @@ func eachSum(rows *sql.Rows, kind int, visit func(sumEntry)) error {
 	return rows.Err()
 }
 
-// unfoldedSums returns what the calls behind the fold come to, by customer and a dim
-// that has a route.
-func unfoldedSums(ctx context.Context, tx queryer, low, high int64) (map[sumKey]sumValue, error) {
+// unfoldedSums returns what the calls behind the fold come to. By customer, the dims
+// have a route yet.
+func unfoldedSums(ctx context.Context, tx queryer, by int, low, high int64) (map[sumKey]sumValue, error) {
 	rows, err := tx.QueryContext(ctx, "SELECT dim, customer, time FROM calls WHERE finish > (SELECT folded FROM position) AND time / ? BETWEEN ? AND ?", hourMicros, low, high)
 	if err != nil {
 		return nil, err
@@ -236,35 +257,43 @@ func unfoldedSums(ctx context.Context, tx queryer, low, high int64) (map[sumKey]
 		if err := rows.Scan(&key.dim, idText{to: &key.customer}, &at); err != nil {
 			return nil, err
 		}
+		if by == byRoute {
+			key.customer = ""
+		}
 		found[key] = found[key].plus(sumValue{1, at, at})
 	}
 	return found, rows.Err()
 }
 
-// readDims returns the dims of sums.
-func readDims(ctx context.Context, tx queryer, sums ...map[sumKey]sumValue) (map[int64]Dim, error) {
-	dims := map[int64]Dim{}
-	for _, some := range sums {
-		for key := range some {
-			dims[key.dim] = Dim{}
-		}
-	}
-	rows, err := tx.QueryContext(ctx, "SELECT dim, what FROM dims WHERE dim IN (SELECT value FROM json_each(?))", jsonNumbers(slices.Collect(maps.Keys(dims))))
+// readDims sets the dims that are keys of dims.
+func readDims(ctx context.Context, tx queryer, dims map[int64]Dim) error {
+	all, err := numbers(ctx, tx, "SELECT count(*) FROM dims")
 	if err != nil {
-		return nil, err
+		return err
+	}
+	query, args := "SELECT dim, what FROM dims", []any(nil)
+	if int64(len(dims)) < all[0]/4 {
+		query, args = query+" WHERE dim IN (SELECT value FROM json_each(?))", []any{jsonNumbers(slices.Collect(maps.Keys(dims)))}
+	}
+	rows, err := tx.QueryContext(ctx, query, args...)
+	if err != nil {
+		return err
 	}
 	defer rows.Close()
 	for rows.Next() {
 		var dim int64
 		var what sql.RawBytes
 		if err := rows.Scan(&dim, &what); err != nil {
-			return nil, err
+			return err
+		}
+		if _, ok := dims[dim]; !ok {
+			continue
 		}
 		if dims[dim], err = decodeDim(what); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return dims, rows.Err()
+	return rows.Err()
 }
 
 func (r *sqliteReader) Gaps(ctx context.Context, since, until time.Time) (calls, outcomes int64, err error) {
