@@ -65,6 +65,8 @@ the guard's own records.`,
 			if o.store, err = storeAt(c, e, dir, cfg); err != nil {
 				return err
 			}
+			tuneMemory(e.env)
+			o.notes = e.err
 			return printReport(c.Context(), e.out, o)
 		},
 	}
@@ -99,6 +101,7 @@ type reportOptions struct {
 	width        int
 	integrations []report.Integration
 	microsoft    *report.Microsoft
+	notes        io.Writer // what the form has no room for
 }
 
 func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
@@ -128,6 +131,7 @@ func printReport(ctx context.Context, w io.Writer, o reportOptions) error {
 	case "json":
 		err = report.WriteJSON(w, rep)
 	case "csv":
+		tellLag(ctx, o.notes, r)
 		err = report.WriteCSV(w, rep)
 	case "html":
 		err = report.WriteHTML(w, rep)
