@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -246,6 +247,10 @@ func TestCloseEndsEveryAttack(t *testing.T) {
 			}
 			if err := h.Wait(soon(t), 1); err != nil && attack != ExpiredCertificate {
 				t.Errorf("no request was read: %v", err)
+			}
+			// The attack begins after that.
+			for ctx := soon(t); h.Written() == 0 && attack != ExpiredCertificate && ctx.Err() == nil; {
+				runtime.Gosched()
 			}
 			closed := make(chan error, 1)
 			go func() { closed <- h.Close() }()
