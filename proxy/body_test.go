@@ -2,11 +2,13 @@ package proxy_test
 
 import (
 	"bufio"
+	"errors"
 	"io"
 	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -104,5 +106,38 @@ func TestABodyThatNobodyWantsAnyMoreHarmsNoConnection(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// The body ends just as its call does: net/http alone waits for ever then, and with it
+// a client that waits for the end of its connection.
+func TestABodyThatEndsWithItsCallLeavesNoConnection(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Connection", "close")
+		w.WriteHeader(http.StatusForbidden)
+	}))
+	var clients sync.WaitGroup
+	defer clients.Wait()
+	for range 8 {
+		clients.Go(func() {
+			for range 50 {
+				c, err := net.Dial("tcp", r.guard.Listener.Addr().String())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				c.SetDeadline(time.Now().Add(20 * time.Second))
+				io.WriteString(c, "POST /v1/orders HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer mfa\r\nContent-Length: 1000\r\n\r\n")
+				c.Read(make([]byte, 1)) // the answer is on its way
+				io.WriteString(c, strings.Repeat("x", 1000))
+				clients.Go(func() {
+					defer c.Close()
+					if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+						t.Error("a connection does not end")
+					}
+				})
+			}
+		})
 	}
 }

@@ -10,10 +10,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/netip"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -322,9 +324,13 @@ func (g *Guard) finish(c *call) {
 	}
 	g.observer.Observe(c.in.Context(), rec, c.unrecorded)
 	if c.unread && !aborted {
-		// net/http now reads what is left, so that the client gets its answer before
-		// the connection ends; it would wait for it for ever.
-		http.NewResponseController(c.ResponseWriter).SetReadDeadline(time.Now().Add(lastRead))
+		c.body.stop(c.ResponseWriter)
+		if !c.body.ended.Load() {
+			// net/http now reads what is left, so that the client gets its answer before
+			// the connection ends; it would wait for it for ever.
+			http.NewResponseController(c.ResponseWriter).SetReadDeadline(time.Now().Add(lastRead))
+			c.linger()
+		}
 	}
 	if aborted {
 		c.cut()
@@ -338,6 +344,21 @@ func (g *Guard) finish(c *call) {
 
 // lastRead is how long the rest of a body may take whose call has been answered.
 const lastRead = 5 * time.Second
+
+// linger lets net/http close its half of the connection half a second before the rest:
+// it cannot always read what is left, and a reset would take the answer from the client.
+// It does so of itself where a body is longer than a limit, and of that it is told here.
+func (c *call) linger() {
+	w := c.ResponseWriter
+	for {
+		u, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			break
+		}
+		w = u.Unwrap()
+	}
+	http.MaxBytesReader(w, io.NopCloser(strings.NewReader("-")), 0).Read(make([]byte, 1))
+}
 
 // caught tells of a panic. The stack is that of the panic: deferred calls run on it.
 func (g *Guard) caught(value any) {

@@ -86,7 +86,7 @@ func newStall(limit time.Duration, cut func(time.Time) error) *stall {
 		// The timer may come late, into the next read.
 		if !s.until.IsZero() && !time.Now().Before(s.until) {
 			s.up = true
-			cut(time.Unix(1, 0))
+			cut(longAgo)
 		}
 	})
 	s.timer.Stop()

@@ -7,7 +7,9 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"time"
 	"unicode/utf8"
 
 	"github.com/partnerguard/partnerguard/policy"
@@ -305,6 +307,8 @@ func printable(s string, n int) string {
 // failed: then it is not the upstream's fault that the call broke.
 type requestBody struct {
 	io.ReadCloser
+	turn   sync.Mutex // held while reading
+	over   atomic.Bool
 	stall  *stall
 	n      atomic.Int64
 	ended  atomic.Bool // read to its end
@@ -312,6 +316,11 @@ type requestBody struct {
 }
 
 func (b *requestBody) Read(p []byte) (int, error) {
+	b.turn.Lock()
+	defer b.turn.Unlock()
+	if b.over.Load() {
+		return 0, http.ErrBodyReadAfterClose
+	}
 	b.stall.begin()
 	n, err := b.ReadCloser.Read(p)
 	b.stall.end()
@@ -324,6 +333,22 @@ func (b *requestBody) Read(p []byte) (int, error) {
 	}
 	return n, err
 }
+
+// stop ends reading for good: a transport goes on with it after the answer. It returns
+// once nobody reads, for net/http waits for ever, with the connection, where the end of
+// a body is met just as the handler returns.
+func (b *requestBody) stop(w http.ResponseWriter) {
+	b.over.Store(true)
+	if !b.turn.TryLock() {
+		if http.NewResponseController(w).SetReadDeadline(longAgo) != nil {
+			return
+		}
+		b.turn.Lock()
+	}
+	b.turn.Unlock()
+}
+
+var longAgo = time.Unix(1, 0)
 
 // oldClient is the answer to an HTTP/1.0 client. It may not get 1xx (RFC 9110
 // section 15.2), which it would take for the answer, and its connection ends with
