@@ -4,15 +4,18 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/partnerguard/partnerguard/internal/emulator"
+	"golang.org/x/sys/unix"
 )
 
 // mount runs mount(8) and unmounts when the test ends. Where that is not permitted
@@ -164,6 +167,18 @@ func mountImage(t *testing.T, dir string) (disk string) {
 	return disk
 }
 
+// syncDisk syncs one file system: sync(2) would wait for a frozen one of another test.
+func syncDisk(t *testing.T, disk string) {
+	t.Helper()
+	f, err := os.Open(disk)
+	if err == nil {
+		err = errors.Join(unix.Syncfs(int(f.Fd())), f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func readOnlyDisk(t *testing.T, ledgerKeys string) {
 	rejects := strings.Contains(ledgerKeys, "reject")
 	em := startEmulator(t, emulator.Config{})
@@ -176,7 +191,7 @@ func readOnlyDisk(t *testing.T, ledgerKeys string) {
 	load.awaitSound(100)
 	loaded := s.resources()
 	// What was not on the disk by then may be gone after the repair.
-	syscall.Sync()
+	syncDisk(t, disk)
 	if out, err := exec.Command("mount", "-o", "remount,abort", disk).CombinedOutput(); err != nil {
 		t.Fatalf("mount -o remount,abort: %v: %s", err, out)
 	}
@@ -226,6 +241,73 @@ func readOnlyDisk(t *testing.T, ledgerKeys string) {
 		}
 	}
 	again.storeAgrees(decisions, outcomes)
+}
+
+// The disk stops answering: every write hangs. One call at most is held up by it; the
+// others go on as ledger.on_failure says, and what they were stands in the log. When
+// the disk answers again the ledger says what it lacks, and goes on.
+func TestFaultsOfStalledDisk(t *testing.T) {
+	t.Parallel()
+	var side sideBySide
+	defer side.wait()
+	for _, fault := range []struct{ name, ledger string }{
+		{"forward", "min_free: 4KiB"},
+		{"reject", "min_free: 4KiB, on_failure: reject"},
+	} {
+		side.run(t, fault.name, func(t *testing.T) {
+			rejects := strings.Contains(fault.ledger, "reject")
+			em := startEmulator(t, emulator.Config{})
+			disk := mountImage(t, t.TempDir())
+			freeze := func(how string) error {
+				out, err := exec.Command(program(t, "fsfreeze"), how, disk).CombinedOutput()
+				if err != nil {
+					err = fmt.Errorf("fsfreeze %s: %w: %s", how, err, out)
+				}
+				return err
+			}
+			s := play(t, em, stage{dir: filepath.Join(disk, "data"), ledger: fault.ledger})
+			load := s.underLoad(crowdConfig{clients: 40})
+			load.awaitSound(100)
+			loaded := s.resources()
+			// In any case, or nothing can be unmounted, and calls that hang hang for ever.
+			thaw := time.AfterFunc(time.Minute, func() { freeze("-u") })
+			t.Cleanup(func() { thaw.Stop(); freeze("-u") })
+			stalled := time.Now()
+			if err := freeze("-f"); err != nil {
+				t.Fatal(err)
+			}
+			if rejects {
+				s.awaitReady(503, "every call is refused: the ledger cannot write", "a write to the disk does not return")
+			} else {
+				s.awaitReady(200, "ledger degraded: it cannot write", "a write to the disk does not return")
+			}
+			noticed := time.Now()
+			load.await(300)
+			mended := time.Now()
+			if err := freeze("-u"); err != nil {
+				t.Fatal(err)
+			}
+			s.awaitReady(200, "ledger ok", "store ok")
+			load.awaitSound(60)
+			calls := load.stop()
+
+			if took := noticed.Sub(stalled); took > 12*time.Second {
+				t.Errorf("the guard noticed after %v", took)
+			}
+			held := slices.DeleteFunc(slices.Clone(calls), func(c sighting) bool {
+				return c.began.After(noticed) || c.began.Add(c.took).Before(mended)
+			})
+			if len(held) > 1 {
+				t.Errorf("%d calls were held up until the disk answered: %v", len(held), held)
+			}
+			if rejects {
+				want(t, "on a stalled disk", between(calls, noticed, mended), 250, s.withoutLedger)
+			} else {
+				want(t, "on a stalled disk", calls, 400, s.as)
+			}
+			s.invariants(calls, loaded, leave{gaps: true})
+		})
+	}
 }
 
 // Every sync takes two seconds. By default no call waits for one; with fsync: always

@@ -233,7 +233,7 @@ func TestFaultsOfADamagedStore(t *testing.T) {
 	}
 	g.stop()
 	before, _, _ := partnerguard(t, "report", "--data-dir", dir, "--format", "csv")
-	for _, name := range []string{"store.db", "store.db-wal", "store.db-shm"} {
+	for _, name := range []string{"store.db", "store.db-journal"} {
 		if err := os.WriteFile(filepath.Join(dir, name), bytes.Repeat([]byte("garbage "), 4096), 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -83,7 +83,8 @@ const (
 	maxKnown = 1 << 18 // users with a name in the file
 )
 
-// identities turns users into references.
+// identities turns users into references. A goroutine of its own writes the names, so
+// that a disk that does not answer holds up nobody.
 type identities struct {
 	dir          string
 	path         string
@@ -92,11 +93,16 @@ type identities struct {
 
 	mu    sync.RWMutex
 	memo  map[user]string
-	known map[[16]byte]struct{} // reference and name, hashed, that are in the file
-	retry time.Time             // no write before this, after one failed
-	torn  bool                  // the file does not end with a line feed
-	gone  map[string]bool       // references of forgotten users, as of stamp
-	stamp fs.FileInfo           // of the list they were read from; nil when there was none
+	known map[nameHash]struct{} // names that are in the file
+	asked map[nameHash]*naming  // names that are to be written
+	retry time.Time             // no name is asked for before this, after one failed
+	late  bool                  // the disk does not answer
+	ended bool
+
+	names chan *naming    // to the writer, who alone touches what follows
+	torn  bool            // the file does not end with a line feed
+	gone  map[string]bool // references of forgotten users, as of stamp
+	stamp fs.FileInfo     // of the list they were read from; nil when there was none
 }
 
 type user struct {
@@ -104,17 +110,30 @@ type user struct {
 	verified      bool
 }
 
+// naming is a name on its way into the file.
+type naming struct {
+	id   Identity
+	done chan struct{} // closed once err says how it went
+	err  error
+}
+
+// maxNamings is how many names may wait. Where they are more, later calls of the same
+// users name them.
+const maxNamings = 1024
+
 // open reads the key, or makes it at the first start, and what is known.
 func (ids *identities) open(dir string) error {
 	ids.dir, ids.path = dir, filepath.Join(dir, identitiesFile)
 	ids.memo = map[user]string{}
-	ids.known = map[[16]byte]struct{}{}
+	ids.known = map[nameHash]struct{}{}
+	ids.asked = map[nameHash]*naming{}
+	ids.names = make(chan *naming, maxNamings)
 	var err error
 	if ids.key, err = identityKey(filepath.Join(dir, identitiesKey)); err != nil {
 		return err
 	}
 	ids.torn = true // an empty line does no harm
-	return eachIdentity(dir, func(id Identity) { ids.known[nameHash(id.UserRef, id.UPN)] = struct{}{} })
+	return eachIdentity(dir, func(id Identity) { ids.known[hashOf(id)] = struct{}{} })
 }
 
 func identityKey(name string) ([]byte, error) {
@@ -155,8 +174,9 @@ func replaceFile(name string, data []byte) error {
 	return syncDir(filepath.Dir(name))
 }
 
-// ref returns the reference of t's user. The error says that his name could not be
-// written; the reference is good nevertheless, and another call tries again.
+// ref returns the reference of t's user. His name, if it is new, stands in the file
+// then. The error says that it does not; the reference is good nevertheless, and another
+// call tries again. It waits for the disk no longer than patience.
 func (ids *identities) ref(t *policy.Token, now func() time.Time) (string, error) {
 	if t.ObjectID == "" || t.Kind == policy.KindAppOnly {
 		return "", nil
@@ -174,28 +194,103 @@ func (ids *identities) ref(t *policy.Token, now func() time.Time) (string, error
 	mac.Write([]byte{0})
 	io.WriteString(mac, u.oid)
 	ref = base64.RawURLEncoding.EncodeToString(mac.Sum(nil)[:userRefBytes])
+	// Cloned: a claim may be part of a whole token.
+	u.tid, u.oid, u.upn = strings.Clone(u.tid), strings.Clone(u.oid), strings.Clone(u.upn)
+	if u.verified && !ids.pseudonymous {
+		if named, err := ids.ask(Identity{ref, u.tid, u.oid, u.upn}, now); !named {
+			return ref, err
+		}
+	}
 
 	ids.mu.Lock()
 	defer ids.mu.Unlock()
-	if u.verified && !ids.pseudonymous {
-		hash := nameHash(ref, u.upn)
-		if _, ok := ids.known[hash]; !ok && len(ids.known) < maxKnown {
-			if at := now(); at.Before(ids.retry) {
-				return ref, nil
-			} else if err := ids.name(Identity{ref, u.tid, u.oid, u.upn}); err != nil {
-				ids.retry = at.Add(time.Second)
-				return ref, fmt.Errorf("write identities: %w", err)
-			}
-			ids.known[hash] = struct{}{}
-		}
-	}
 	if len(ids.memo) >= maxMemo {
 		clear(ids.memo)
 	}
-	// Cloned: a claim may be part of a whole token.
-	u.tid, u.oid, u.upn = strings.Clone(u.tid), strings.Clone(u.oid), strings.Clone(u.upn)
 	ids.memo[u] = ref
 	return ref, nil
+}
+
+// patience is how long a call waits for the name of its user to be written.
+const patience = time.Second
+
+// ask has id written and reports whether it stands in the file, or never will. The error
+// is for one of those who wait for the same name.
+func (ids *identities) ask(id Identity, now func() time.Time) (named bool, err error) {
+	hash := hashOf(id)
+	ids.mu.Lock()
+	n, asked := ids.asked[hash]
+	if _, ok := ids.known[hash]; ok || !asked && len(ids.known) >= maxKnown {
+		ids.mu.Unlock()
+		return true, nil
+	}
+	if !asked && !ids.ended && !now().Before(ids.retry) {
+		n = &naming{id: id, done: make(chan struct{})}
+		select {
+		case ids.names <- n:
+			ids.asked[hash] = n
+		default:
+			n = nil
+		}
+	}
+	late := ids.late
+	ids.mu.Unlock()
+	if n == nil || late {
+		return false, nil
+	}
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-n.done:
+		if n.err == nil || asked {
+			return n.err == nil, nil
+		}
+		return false, fmt.Errorf("write identities: %w", n.err)
+	case <-timer.C:
+	}
+	ids.mu.Lock()
+	defer ids.mu.Unlock()
+	if ids.late {
+		return false, nil
+	}
+	ids.late = true
+	return false, fmt.Errorf("write identities: %w", errStalled)
+}
+
+// write writes the names that are asked for until stop.
+func (ids *identities) write(stop <-chan struct{}, now func() time.Time) {
+	for {
+		var n *naming
+		select {
+		case n = <-ids.names:
+		case <-stop:
+			ids.mu.Lock()
+			ids.ended = true
+			ids.mu.Unlock()
+			select {
+			case n = <-ids.names:
+			default:
+				return
+			}
+		}
+		n.err = ids.name(n.id)
+		ids.settle(n, now)
+	}
+}
+
+// settle tells those who wait for n how it went.
+func (ids *identities) settle(n *naming, now func() time.Time) {
+	hash := hashOf(n.id)
+	ids.mu.Lock()
+	delete(ids.asked, hash)
+	ids.late = false
+	if n.err == nil {
+		ids.known[hash] = struct{}{}
+	} else {
+		ids.retry = now().Add(time.Second)
+	}
+	ids.mu.Unlock()
+	close(n.done)
 }
 
 // name writes who id is, unless he was forgotten. The lock keeps Forget, which may
@@ -254,7 +349,10 @@ func (ids *identities) append(id Identity) error {
 	return errors.Join(err, f.Close())
 }
 
-func nameHash(ref, upn string) [16]byte {
-	sum := sha256.Sum256([]byte(ref + "\x00" + upn))
-	return [16]byte(sum[:16])
+// nameHash stands for a reference and a name.
+type nameHash [16]byte
+
+func hashOf(id Identity) nameHash {
+	sum := sha256.Sum256([]byte(id.UserRef + "\x00" + id.UPN))
+	return nameHash(sum[:16])
 }

@@ -342,6 +342,7 @@ func open(cfg Config, fs files, p pace) (*Ledger, error) {
 		return nil, err
 	}
 	l.tasks.Add(4)
+	l.tasks.Go(func() { l.identities.write(l.stop, cfg.Now) })
 	go l.watch(p)
 	go l.carry(p)
 	go l.keep(p)

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/partnerguard/partnerguard/telemetry/ledger"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 )
 
 // sqliteReader is a Reader of a data directory, beside a Store that may be
@@ -41,7 +43,9 @@ func OpenReader(dir string) (Reader, error) {
 	} else if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	db, err := openSQLite(path, "ro", "query_only(1)", "cache_size(-16384)")
+	// Only ro: a reader of a database that was replaced takes the new one's journal for
+	// its own, and must not act on it.
+	db, err := openSQLite(path, "ro", time.Minute, "query_only(1)", "cache_size(-16384)")
 	if err != nil {
 		return nil, err
 	}
@@ -53,6 +57,11 @@ func OpenReader(dir string) (Reader, error) {
 		source: func(from ledger.Position) (Source, error) { return ledger.NewReader(dir, from) },
 	}
 	version, err := r.version()
+	if halfDone(err) {
+		if err = undo(path); err == nil {
+			version, err = r.version()
+		}
+	}
 	switch {
 	case err != nil:
 		db.Close()
@@ -74,6 +83,23 @@ func (r *sqliteReader) version() (int, error) {
 	return checkSchema(ctx, conn)
 }
 
+// halfDone reports whether err says that a writer was killed in the middle of a
+// transaction. Who may write has to undo it before anybody can read.
+func halfDone(err error) bool {
+	var e *sqlite.Error
+	return errors.As(err, &e) && e.Code() == sqlite3.SQLITE_READONLY_ROLLBACK
+}
+
+// undo does that.
+func undo(path string) error {
+	db, err := openSQLite(path, "rw", time.Minute)
+	if err != nil {
+		return err
+	}
+	_, err = db.Exec("SELECT count(*) FROM sqlite_schema")
+	return errors.Join(err, db.Close())
+}
+
 func (r *sqliteReader) Close() error { return r.db.Close() }
 
 // fail says what was being done, and what to do about it.
@@ -82,6 +108,8 @@ func (r *sqliteReader) fail(err error) error {
 	switch {
 	case damaged(err):
 		return &hintError{out, "the calls are safe in the ledger: stop partnerguard serve, run partnerguard ledger rebuild, start it again"}
+	case halfDone(err):
+		return &hintError{out, "who wrote it was killed in the middle: run this again as a user who may write it, or start partnerguard serve"}
 	case errors.Is(err, errOutdated):
 		return &hintError{out, "run partnerguard ledger rebuild, or start partnerguard serve of this version"}
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"time"
 
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
@@ -98,8 +99,8 @@ var (
 // none. The error is errOutdated, or damaged reports true of it, when the database
 // must make room for a new one.
 func openWriter(path string) (*writer, error) {
-	// SQLite gives its log and index the permissions of the database. One that is
-	// there is not opened: to close it would drop the locks of our own readers (POSIX).
+	// SQLite gives its journal the permissions of the database. One that is there is
+	// not opened: to close it would drop the locks of our own readers (POSIX).
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err == nil {
 		err = f.Close()
@@ -109,15 +110,13 @@ func openWriter(path string) (*writer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	db, err := openSQLite(path, "rwc",
-		"journal_mode(wal)",
-		// A power loss may cost the last transactions, never the order of them; the
-		// position goes with them, so they are read from the ledger again.
-		"synchronous(normal)",
+	db, err := openSQLite(path, "rwc", 5*time.Second,
+		// Not WAL: its index is mapped memory. A write to that while the disk does not
+		// answer is a page fault, which Go does not see, and the next garbage collection
+		// would wait for it with every call in the process.
+		"journal_mode(truncate)",
+		"synchronous(full)",
 		"cache_size(-16384)", // KiB
-		// SQLite writes a checkpoint without a pause: a small log keeps that short.
-		"wal_autocheckpoint(1000)",
-		"journal_size_limit(67108864)",
 	)
 	if err != nil {
 		return nil, err
@@ -130,9 +129,11 @@ func openWriter(path string) (*writer, error) {
 	return w, nil
 }
 
-// openSQLite opens path in an access mode of SQLite's: rwc or ro.
-func openSQLite(path, mode string, pragmas ...string) (*sql.DB, error) {
-	q := url.Values{"mode": {mode}, "_pragma": append([]string{"busy_timeout(5000)"}, pragmas...)}
+// openSQLite opens path in an access mode of SQLite's: rwc, rw or ro. Where another process
+// reads or writes, it is waited for up to patience.
+func openSQLite(path, mode string, patience time.Duration, pragmas ...string) (*sql.DB, error) {
+	wait := fmt.Sprintf("busy_timeout(%d)", patience.Milliseconds())
+	q := url.Values{"mode": {mode}, "_pragma": append([]string{wait}, pragmas...)}
 	u := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: q.Encode()}
 	db, err := sql.Open("sqlite", u.String())
 	if err != nil {

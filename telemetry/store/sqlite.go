@@ -124,10 +124,10 @@ func (s *sqliteDB) recover(err error) error {
 	return err
 }
 
-// setAside renames the database, its log included, and returns its new name.
+// setAside renames the database, its journal included, and returns its new name.
 func (s *sqliteDB) setAside() (string, error) {
 	aside := s.path + ".damaged-" + s.now().UTC().Format("20060102T150405.000Z")
-	for _, suffix := range []string{"-wal", "-shm", ""} {
+	for _, suffix := range []string{"-journal", ""} {
 		if err := os.Rename(s.path+suffix, aside+suffix); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return "", fmt.Errorf("set damaged store aside: %w", err)
 		}
@@ -185,7 +185,10 @@ func rebuild(ctx context.Context, dir string, source Source, progress func(int))
 		removeDB(path)
 		return fmt.Errorf("rebuild store: %w", err)
 	}
-	// The old log must not meet the new database.
+	// An old journal must not meet the new database.
+	if err := removeJournal(path); err != nil {
+		return err
+	}
 	if err := removeDB(dbPath(dir)); err != nil {
 		return err
 	}
@@ -216,12 +219,20 @@ func (s *Store) readAll(ctx context.Context, progress func(int)) error {
 
 func dbPath(dir string) string { return filepath.Join(dir, "store.db") }
 
-// removeDB removes a database, its log first.
+// removeDB removes a database, its journal first.
 func removeDB(path string) error {
-	for _, suffix := range []string{"-wal", "-shm", ""} {
-		if err := os.Remove(path + suffix); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("remove store: %w", err)
-		}
+	if err := removeJournal(path); err != nil {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove store: %w", err)
+	}
+	return nil
+}
+
+func removeJournal(path string) error {
+	if err := os.Remove(path + "-journal"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove the store's journal: %w", err)
 	}
 	return nil
 }

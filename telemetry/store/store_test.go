@@ -351,6 +351,75 @@ func TestAStoreOfAnotherLedgerIsRebuilt(t *testing.T) {
 	}
 }
 
+// A slow consumer, such as a pager, keeps no writer waiting.
+func TestAReaderThatIsNotDoneHoldsUpNobody(t *testing.T) {
+	j, dir := sample(), t.TempDir()
+	s := openTest(t, dir, j, nil)
+	catchUp(t, s)
+	seen := 0
+	err := openReader(t, dir).Calls(t.Context(), Filter{}, func(Call) error {
+		seen++
+		j.call(callAt(50 + seen))
+		if n := catchUp(t, s); n == 0 {
+			t.Error("nothing was written while somebody read")
+		}
+		return nil
+	})
+	if err != nil || seen == 0 {
+		t.Errorf("%d calls read, %v", seen, err)
+	}
+}
+
+// A writer that dies while its transaction is half in the file leaves it to whoever
+// comes next, reader or writer.
+func TestWhatAKilledWriterLeftHalfDoneIsUndone(t *testing.T) {
+	j, dir := sample(), t.TempDir()
+	s := openTest(t, dir, j, nil)
+	for i := range 500 {
+		j.call(callAt(100 + i))
+	}
+	catchUp(t, s)
+	s.Close()
+	want := content(t, dir)
+
+	db, err := openSQLite(dbPath(dir), "rw", 0, "cache_size(1)")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	tx, err := db.Begin()
+	if err == nil {
+		_, err = tx.Exec("UPDATE calls SET rest = zeroblob(300)")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, next := range []string{"reader", "writer"} {
+		killed := t.TempDir()
+		for _, suffix := range []string{"", "-journal"} {
+			data, err := os.ReadFile(dbPath(dir) + suffix)
+			if err == nil {
+				err = os.WriteFile(dbPath(killed)+suffix, data, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(data) < 8192 {
+				t.Fatalf("store.db%s has %d bytes: nothing is half done", suffix, len(data))
+			}
+		}
+		if next == "writer" {
+			if n := catchUp(t, openTest(t, killed, j, nil)); n != 0 {
+				t.Errorf("%d lines were read again", n)
+			}
+		}
+		if diff := cmp.Diff(want, content(t, killed)); diff != "" {
+			t.Errorf("after the %s came (-before the transaction +now):\n%s", next, diff)
+		}
+	}
+	tx.Rollback()
+}
+
 func TestRebuildReplacesTheDatabaseUnderAReader(t *testing.T) {
 	j, dir := sample(), t.TempDir()
 	s := openTest(t, dir, j, nil)

@@ -246,16 +246,25 @@ func (w *writer) holds(ctx context.Context, call string) (known bool, err error)
 
 // commit writes the batch in one transaction.
 // The context of a caller who goes away must not tear it.
-func (w *writer) commit(_ context.Context, b *batch) error {
+func (w *writer) commit(until context.Context, b *batch) error {
 	ctx := context.Background()
 	if err := w.write(ctx, b); err != nil {
 		return fmt.Errorf("write store: %w", errors.Join(err, w.rollback(ctx)))
 	}
-	if _, err := w.conn.ExecContext(ctx, "COMMIT"); err != nil {
-		return fmt.Errorf("write store: %w", errors.Join(err, w.rollback(ctx)))
+	for tries := 1; ; tries++ {
+		_, err := w.conn.ExecContext(ctx, "COMMIT")
+		if err == nil {
+			return nil
+		}
+		// A reader in the middle of a query is waited for; no other begins meanwhile.
+		if !is(err, sqlite3.SQLITE_BUSY) || tries == commitTries || until.Err() != nil {
+			return fmt.Errorf("write store: %w", errors.Join(err, w.rollback(ctx)))
+		}
 	}
-	return nil
 }
+
+// commitTries is how often a commit waits for SQLite's patience, 5 s.
+const commitTries = 12
 
 // rollback ends a transaction that failed. SQLite has ended it already after some
 // errors; that this then fails says nothing.
