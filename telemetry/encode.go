@@ -80,7 +80,8 @@ func appendDecision(dst []byte, rec *proxy.Record, userRef string) []byte {
 
 // AppendOutcome appends what rec says of its outcome as the members of a JSON
 // object, without the braces: `"call":"…","status":…`. What is unknown is left out.
-// Durations are milliseconds with three decimals.
+// Durations are milliseconds with three decimals. echoed says that the answer named the
+// call's own request_id and correlation_id, as Microsoft's do.
 func AppendOutcome(dst []byte, rec *proxy.Record) []byte {
 	f := &rec.Finished
 	dst = appendCall(dst, rec.Call)
@@ -92,8 +93,12 @@ func AppendOutcome(dst []byte, rec *proxy.Record) []byte {
 		dst = append(dst, `,"mfa_compliant":`...)
 		dst = strconv.AppendBool(dst, f.MFACompliant == policy.CompliantTrue)
 	}
-	dst = appendText(dst, `,"upstream_request_id":`, f.UpstreamRequestID)
-	dst = appendText(dst, `,"upstream_correlation_id":`, f.UpstreamCorrelationID)
+	if f.UpstreamRequestID != "" && f.UpstreamRequestID == rec.RequestID && f.UpstreamCorrelationID == rec.CorrelationID {
+		dst = append(dst, `,"echoed":true`...)
+	} else {
+		dst = appendText(dst, `,"upstream_request_id":`, f.UpstreamRequestID)
+		dst = appendText(dst, `,"upstream_correlation_id":`, f.UpstreamCorrelationID)
+	}
 	dst = appendInt(dst, `,"bytes_in":`, f.BytesIn)
 	dst = appendInt(dst, `,"bytes_out":`, f.BytesOut)
 	dst = appendMillis(dst, `,"duration_ms":`, f.Duration)

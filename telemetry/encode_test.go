@@ -88,6 +88,25 @@ func TestOutcomeHasTheDocumentedNamesInOrder(t *testing.T) {
 	}
 }
 
+// What Microsoft says of a call is said once.
+func TestAnAnswerThatNamesTheCallsOwnIDs(t *testing.T) {
+	rec := &proxy.Record{}
+	const call = `{"call":"00000000-0000-0000-0000-000000000000"`
+	for want, ids := range map[string][4]string{
+		`,"echoed":true`: {"r", "c", "r", "c"},
+		`,"upstream_request_id":"r","upstream_correlation_id":"other"`: {"r", "c", "r", "other"},
+		`,"upstream_request_id":"R","upstream_correlation_id":"c"`:     {"r", "c", "R", "c"},
+		`,"upstream_request_id":"r"`:                                   {"r", "c", "r", ""},
+		`,"upstream_correlation_id":"c"`:                               {"", "c", "", "c"},
+		``:                                                             {"", "", "", ""},
+	} {
+		rec.RequestID, rec.CorrelationID, rec.UpstreamRequestID, rec.UpstreamCorrelationID = ids[0], ids[1], ids[2], ids[3]
+		if got := outcome(rec); got != call+want+"}" {
+			t.Errorf("ids %q: %s, want %s}", ids, got, call+want)
+		}
+	}
+}
+
 func TestWhatIsUnknownIsLeftOut(t *testing.T) {
 	rec := &proxy.Record{}
 	want := `{"call":"00000000-0000-0000-0000-000000000000","kind":"undecided","verified":false,"mfa":"unknown","effect":"reject","would_reject":false}`

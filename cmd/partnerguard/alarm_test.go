@@ -10,6 +10,7 @@ import (
 
 // At noon Microsoft changes the format of all tokens.
 func TestAChangeOfTheTokenFormatRaisesAnAlarmAndRefusesNoMoreThanAsked(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	old := em.Mint(emulator.TokenSpec{})
 	five := strings.Repeat("eyJhbGciOiJSU0EtT0FFUCIsImVuYyI6IkEyNTZHQ00ifQ.", 4) + "c2VjcmV0" // the form of a JWE

@@ -325,6 +325,7 @@ func exchange(t *testing.T, url, raw string) []byte {
 // A token, a signature, a SAS signature, a client secret: none of them is in any
 // output of the guard.
 func TestCanary(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name, mode, more string
 		dead             bool // there is no upstream
@@ -408,6 +409,7 @@ func TestCanary(t *testing.T) {
 // The token with which a guard asks for Microsoft's records is in none of its outputs,
 // wherever it comes from and whatever goes wrong with it.
 func TestCanaryInScheduledReconcile(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	spill := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { // a gateway that repeats what it refuses
 		w.WriteHeader(http.StatusForbidden)
@@ -472,6 +474,7 @@ func TestCanaryInScheduledReconcile(t *testing.T) {
 
 // explain shows what is in a token, but neither the token nor its signature.
 func TestCanaryInExplain(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	c := newCanaryRun(t, em)
 	file := filepath.Join(t.TempDir(), "guard.yaml")

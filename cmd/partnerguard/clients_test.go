@@ -404,6 +404,7 @@ func (c foreignClient) drive(t *testing.T, em *emulator.Emulator, base, integrat
 }
 
 func TestClientsOfOthers(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g := startGuard(t, dir, clientsYAML(em, "enforce"))
@@ -481,6 +482,7 @@ func msalToken(t *testing.T, em *emulator.Emulator, app emulator.App) string {
 }
 
 func TestClientsThatExpectContinue(t *testing.T) {
+	t.Parallel()
 	curl := program(t, "curl")
 	em := startEmulator(t, emulator.Config{})
 	g := startGuard(t, t.TempDir(), clientsYAML(em, "enforce"))
@@ -535,6 +537,7 @@ func TestClientsThatExpectContinue(t *testing.T) {
 }
 
 func TestClientsOverTLS(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	cert := throwAwayCertificate(t)
 	upstreamCA := filepath.Join(t.TempDir(), "upstream-ca.pem")

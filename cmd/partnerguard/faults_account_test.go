@@ -26,6 +26,8 @@ type leave struct {
 	// unclosed: the guard ended before it could write again, so that there is no gap
 	// line, outcomes stand in the log only, and the store stays behind.
 	unclosed bool
+	// behind: the store need not be complete at the end; the next start goes on.
+	behind bool
 	// deaf: the log lacks lines.
 	deaf bool
 }
@@ -261,6 +263,9 @@ func (s *scene) account(calls []sighting, may leave) {
 	}
 
 	s.upstreamSaw(decisions, outcomes, logged)
+	if may.behind {
+		startStage(t, s.em, s.dir, stage{}).stop()
+	}
 	if !may.unclosed {
 		s.storeAgrees(decisions, outcomes)
 	}

@@ -120,11 +120,12 @@ func TestFaultsOfKeysForADay(t *testing.T) {
 	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := filepath.Join(t.TempDir(), "data")
-	startStage(t, em, dir, stage{}).stop()
-	files, err := filepath.Glob(filepath.Join(dir, "keys-*.json"))
-	if err != nil || len(files) != 2 {
-		t.Fatalf("the keys are not on the disk: %v %v", files, err)
-	}
+	g := startStage(t, em, dir, stage{})
+	files := awaiting(t, func() ([]string, bool) {
+		files, _ := filepath.Glob(filepath.Join(dir, "keys-*.json"))
+		return files, len(files) == 2
+	})
+	g.stop()
 	for _, file := range files {
 		var kept map[string]any
 		text, err := os.ReadFile(file)

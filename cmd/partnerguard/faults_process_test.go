@@ -24,6 +24,7 @@ import (
 // A start that cannot be: one line that says what is wrong, one that says what to
 // do, and nothing is left running.
 func TestFaultsAtStart(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -110,6 +111,7 @@ func refusedStart(t *testing.T, dir, yaml string) (stderr string, code int) {
 }
 
 func TestFaultsOfUpstreamAtStart(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	yaml := strings.Replace(guardYAML(em, "audit", noBalancer), em.PartnerURL(), "http://"+freePort(t), 1)
 	g := startGuard(t, t.TempDir(), yaml)
@@ -123,6 +125,7 @@ func TestFaultsOfUpstreamAtStart(t *testing.T) {
 }
 
 func TestFaultsOfKeysOverARestart(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	token := em.Mint(emulator.TokenSpec{})
 	call := func(g *guardProcess, want string) {
@@ -158,6 +161,7 @@ func TestFaultsOfKeysOverARestart(t *testing.T) {
 }
 
 func TestFaultsOfADamagedSegment(t *testing.T) {
+	t.Parallel()
 	for name, at := range map[string]float64{"in the header": 0.01, "in the middle": 0.5, "near the end": 0.9} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -225,6 +229,7 @@ func faultInSegment(t *testing.T, at float64) {
 }
 
 func TestFaultsOfADamagedStore(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g := startGuard(t, dir, guardYAML(em, "audit", noBalancer))
@@ -259,6 +264,7 @@ func TestFaultsOfADamagedStore(t *testing.T) {
 // An operator stops the guard while a call is under way: readiness says so first,
 // the call finishes, and the exit code is 0.
 func TestFaultsOfStopWithACallInFlight(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g := startGuard(t, dir, guardYAML(em, "audit", noBalancer))
@@ -292,6 +298,7 @@ func TestFaultsOfStopWithACallInFlight(t *testing.T) {
 }
 
 func TestFaultsOfStopTwice(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g := startGuard(t, dir, guardYAML(em, "audit"))
@@ -316,6 +323,7 @@ func TestFaultsOfStopTwice(t *testing.T) {
 }
 
 func TestFaultsOfStopWithoutEnd(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g := startGuard(t, dir, guardYAML(em, "audit", "timeouts: {drain: 100ms}"))
@@ -334,6 +342,7 @@ func TestFaultsOfStopWithoutEnd(t *testing.T) {
 
 // Nothing of the admin listener answers where calls come in, nor the other way round.
 func TestFaultsOfAdminPaths(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	g := startGuard(t, t.TempDir(), guardYAML(em, "audit"))
 	for _, path := range []string{"/", "/metrics", "/livez", "/readyz", "/readyz?verbose", "/api/v1/report", "/debug/pprof/"} {

@@ -181,7 +181,7 @@ func TestFaultsOfExpiredCertificate(t *testing.T) {
 	partner.set(refusing) // ends the connections that began well
 	partner.set(passing)
 	broken := time.Now().Add(200 * time.Millisecond)
-	time.Sleep(2500 * time.Millisecond)
+	load.await(150)
 	arrived := em.Count()
 	mended := time.Now()
 	expired.Store(false)

@@ -33,6 +33,7 @@ func filesWith(t *testing.T, dir, s string) []string {
 // A user is forgotten while the guard runs and he goes on calling. His name does not
 // come back, not even after a restart; the others keep theirs, and the chain holds.
 func TestForgetBesideARunningGuard(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	anna := em.Mint(emulator.TokenSpec{UPN: "anna@contoso.example", ObjectID: "0a0b0c0d-1111-4222-8333-444455556666"})
@@ -82,6 +83,7 @@ func TestForgetBesideARunningGuard(t *testing.T) {
 
 // With pseudonymous identities nobody's name or object id is written anywhere.
 func TestPseudonymousIdentitiesNameNobody(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	token := em.Mint(emulator.TokenSpec{UPN: "anna@contoso.example", ObjectID: "0a0b0c0d-1111-4222-8333-444455556666"})

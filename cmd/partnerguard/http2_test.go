@@ -33,6 +33,7 @@ const mainSuite = "^(TestEveryReasonInEveryMode|TestReasonsOfTheGuardItself|Test
 	"TestRejectionShapes|TestRejectionKinds|TestStreams.*|TestKillUnderLoad|TestCanary)$"
 
 func TestTheMainSuiteOverHTTP2OnBothSides(t *testing.T) {
+	t.Parallel()
 	if overHTTP2 {
 		return // this is that run
 	}

@@ -22,6 +22,7 @@ import (
 // What the guard adds, relies on or records reaches the upstream; what could pass for
 // it does not, and what anyone may claim earns nothing.
 func TestHTTPHeaders(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	dir := t.TempDir()
@@ -306,6 +307,7 @@ func (p *http2Peer) await(stream uint32) string {
 
 // HTTP/2 carries what HTTP/1.1 cannot spell; none of it reaches the upstream.
 func TestHTTP2Requests(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	dir := t.TempDir()

@@ -21,6 +21,7 @@ func pathsYAML(em *emulator.Emulator, s *wireServer) string {
 // What of a request's target is judged is what the upstream gets, byte for byte, or
 // it gets nothing.
 func TestHTTPPaths(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	dir := t.TempDir()

@@ -355,6 +355,7 @@ func summary(requests []wireRequest) (lines []string) {
 // each call that the guard accepted, or none, and what follows on the connection is
 // read where the request ended.
 func TestHTTPFraming(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	dir := t.TempDir()

@@ -102,6 +102,7 @@ func reset(c net.Conn) bool {
 // Whatever an upstream answers in HTTP/1, the client gets a whole answer, a broken
 // transfer or the guard's own word, and the next call its own answer.
 func TestHostileUpstream(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	dir := t.TempDir()
@@ -339,6 +340,7 @@ func checkAnswerHeader(t *testing.T, res *http.Response) {
 // An HTTP/1.0 client takes the first answer for the only one and the end of the
 // connection for the end of the body.
 func TestHostileUpstreamAndAnOldClient(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	g, _ := startHostile(t, em, t.TempDir(), fmt.Sprintf("url: %q", wire.url))
@@ -371,6 +373,7 @@ func TestHostileUpstreamAndAnOldClient(t *testing.T) {
 // A compressed refusal that unpacks to 10 GB passes as it is; what is looked at of it
 // is bounded, and its meaning is found all the same.
 func TestHostileUpstreamWithABomb(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	dir := t.TempDir()
@@ -433,6 +436,7 @@ func TestHostileUpstreamWithABomb(t *testing.T) {
 // A connection that died while it was idle takes the next call with it. What changes
 // something is never sent again; what changes nothing is, and that is on record.
 func TestNothingIsSentTwice(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startWire(t)
 	dir := t.TempDir()
@@ -654,17 +658,19 @@ func (c *http2Conn) ok(stream uint32) {
 // gone.
 func (w *http2Wire) retire(t *testing.T) {
 	t.Helper()
-	w.mu.Lock()
-	for c := range w.conns {
-		go c.do(func(fr *http2.Framer) {
-			fr.WriteGoAway(1<<31-1, http2.ErrCodeNo, nil)
-			fr.WritePing(false, retired) // answered once the GOAWAY was read
-		})
-	}
-	w.mu.Unlock()
+	told := map[*http2Conn]bool{}
 	awaiting(t, func() (int, bool) {
 		w.mu.Lock()
 		defer w.mu.Unlock()
+		for c := range w.conns { // also one that begins meanwhile
+			if !told[c] {
+				told[c] = true
+				go c.do(func(fr *http2.Framer) {
+					fr.WriteGoAway(1<<31-1, http2.ErrCodeNo, nil)
+					fr.WritePing(false, retired) // answered once the GOAWAY was read
+				})
+			}
+		}
 		return len(w.conns), len(w.conns) == 0
 	})
 }
@@ -683,6 +689,7 @@ func (c *http2Conn) flood(write func(fr *http2.Framer) error) {
 
 // The same over HTTP/2.
 func TestHostileHTTP2Upstream(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startHTTP2Wire(t)
 	dir := t.TempDir()
@@ -954,6 +961,7 @@ func TestHostileHTTP2Upstream(t *testing.T) {
 
 // An upstream that takes no more of a body is given up, in either version of HTTP.
 func TestHostileUpstreamTakesNoMore(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	deaf, err := net.Listen("tcp", "127.0.0.1:0") // connects, and never reads
 	if err != nil {
@@ -1016,6 +1024,7 @@ func (w *http2Wire) begin(hello func(*http2Conn) bool) {
 // HTTP/2 has more ways to hand a request back. What changes something is sent once
 // all the same.
 func TestNothingIsSentTwiceOverHTTP2(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	wire := startHTTP2Wire(t)
 	dir := t.TempDir()

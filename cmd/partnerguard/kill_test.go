@@ -18,6 +18,7 @@ import (
 // Whatever reached Microsoft has its decision in the ledger, once; each decision has
 // one outcome; the store tells the same.
 func TestKillUnderLoad(t *testing.T) {
+	t.Parallel()
 	const clients, least = 8, 4
 	rounds := 100
 	if overHTTP2 {

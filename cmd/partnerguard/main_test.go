@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -12,6 +13,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -32,7 +35,18 @@ func TestMain(m *testing.M) {
 	if overHTTP2 {
 		plainClient.Transport = http2Transport()
 	}
-	testscript.Main(m, map[string]func(){"partnerguard": main})
+	testscript.Main(manyAtOnce{m}, map[string]func(){"partnerguard": main})
+}
+
+// manyAtOnce runs more tests at a time than there are processors: most of them wait.
+type manyAtOnce struct{ *testing.M }
+
+func (m manyAtOnce) Run() int {
+	flag.Parse()
+	if flag.Lookup("test.parallel").Value.String() == strconv.Itoa(runtime.GOMAXPROCS(0)) {
+		flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0)))
+	}
+	return m.M.Run()
 }
 
 // guardProcess is partnerguard serve, running.

@@ -89,6 +89,7 @@ func requestCases(em *emulator.Emulator) []reasonCase {
 }
 
 func TestEveryReasonInEveryMode(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	for _, mode := range []string{"audit", "tag", "enforce"} {
 		t.Run(mode, func(t *testing.T) {
@@ -199,6 +200,7 @@ func TestEveryReasonInEveryMode(t *testing.T) {
 // What the guard itself cannot do is no fault of the caller's: audit and tag let
 // the call pass, enforce answers 503.
 func TestReasonsOfTheGuardItself(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	token := em.Mint(emulator.TokenSpec{})
 	for _, row := range []struct {
@@ -246,6 +248,7 @@ func TestReasonsOfTheGuardItself(t *testing.T) {
 }
 
 func TestUpstreamFailuresAreAnsweredInMicrosoftsShape(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	token := em.Mint(emulator.TokenSpec{})
 	g := startGuard(t, t.TempDir(), guardYAML(em, "enforce", "timeouts: {response_header: 300ms}"))
@@ -269,6 +272,7 @@ func TestUpstreamFailuresAreAnsweredInMicrosoftsShape(t *testing.T) {
 }
 
 func TestTheGuardRefusesToCallItself(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	// The upstream's own name, made to point at the guard as a hosts file does.
 	l := freePort(t)

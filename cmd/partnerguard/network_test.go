@@ -95,6 +95,7 @@ func (a *authority) revoke(file string, number int64, serials ...*big.Int) {
 }
 
 func TestAClientCertificateIsStrongEvidenceUntilItIsRevoked(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	ca := newAuthority(t)
@@ -153,6 +154,7 @@ func TestAClientCertificateIsStrongEvidenceUntilItIsRevoked(t *testing.T) {
 }
 
 func TestTheGuardStartsWhileTheCertificateAuthorityIsDown(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	text := strings.Replace(guardYAML(em, "audit"), listenersYAML(), fmt.Sprintf(
 		"listeners: [{address: \"127.0.0.1:0\"}, {name: lan, address: \"127.0.0.1:0\", tls: {acme: [guard.contoso.example]}}]\nacme: {directory: \"https://%s/dir\", http_port: %s, tls_alpn_port: %s}",

@@ -139,6 +139,7 @@ func reconciled(t *testing.T, c *canaries, code int, args ...string) *reconcile.
 }
 
 func TestReconcileFindsWhoGoesRoundTheGuard(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	m, dir, want := makeMixedTraffic(t, em)
 	work := t.TempDir()

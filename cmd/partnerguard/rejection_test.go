@@ -134,6 +134,7 @@ func compareWithDirect(t *testing.T, em *emulator.Emulator, g *guardProcess, pat
 // Microsoft's refusal for lack of MFA, in every known shape and encoding, reaches
 // the client as it is, and the records say whose call it was, why, and the fix.
 func TestRejectionShapes(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g := startGuard(t, dir, guardYAML(em, "audit"))
@@ -277,6 +278,7 @@ func TestRejectionShapes(t *testing.T) {
 // Whatever else Microsoft answers with 401, 403 or 429 reaches the client as it is
 // and is told apart.
 func TestRejectionKinds(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g := startGuard(t, dir, guardYAML(em, "audit"))

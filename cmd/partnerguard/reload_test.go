@@ -95,6 +95,7 @@ func write(t *testing.T, file, text string) {
 }
 
 func TestEachWayToChangeTheFileIsOneReload(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	file := filepath.Join(dir, "guard.yaml")
@@ -156,6 +157,7 @@ func TestEachWayToChangeTheFileIsOneReload(t *testing.T) {
 }
 
 func TestWhatCannotBeTakenLeavesTheOldConfigurationWhole(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	file := filepath.Join(t.TempDir(), "guard.yaml")
 	good := guardYAML(em, "enforce")
@@ -212,6 +214,7 @@ func TestWhatCannotBeTakenLeavesTheOldConfigurationWhole(t *testing.T) {
 
 // A cached token is judged anew by every generation.
 func TestWhatAReloadRemovesIsGoneForCachedTokens(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	other := "99999999-0000-4000-8000-000000000001"
 	file := filepath.Join(t.TempDir(), "guard.yaml")
@@ -252,6 +255,7 @@ func TestWhatAReloadRemovesIsGoneForCachedTokens(t *testing.T) {
 }
 
 func TestFiveHundredReloadsUnderLoadLeaveNothingBehind(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	file := filepath.Join(dir, "guard.yaml")
@@ -352,6 +356,7 @@ func openFiles(t *testing.T, g *guardProcess) int {
 }
 
 func TestACertificateThatChangesIsServedByTheNextHandshake(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	file, certificate := filepath.Join(dir, "guard.yaml"), filepath.Join(dir, "guard.pem")

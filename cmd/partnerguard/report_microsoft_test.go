@@ -19,6 +19,7 @@ import (
 // TestReportShowsMicrosoftsViewBesideOurs goes the whole way: calls through the guard
 // and past it, Microsoft's records, a sign-in log, and the report in every format.
 func TestReportShowsMicrosoftsViewBesideOurs(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	m, dir, _ := makeMixedTraffic(t, em)
 	reported := func(args ...string) string {

@@ -20,6 +20,7 @@ import (
 )
 
 func TestScheduleIsRegularAndSpread(t *testing.T) {
+	t.Parallel()
 	now := time.Date(2026, 6, 10, 12, 0, 0, 0, time.UTC)
 	const every = 10 * time.Hour
 	for _, tt := range []struct {
@@ -50,6 +51,7 @@ func TestScheduleIsRegularAndSpread(t *testing.T) {
 }
 
 func TestScheduleIsAProblemAfterTwoIntervalsWithoutSuccess(t *testing.T) {
+	t.Parallel()
 	now := time.Date(2026, 6, 10, 12, 0, 0, 0, time.UTC)
 	s := newSchedule()
 	want := func(at time.Duration, is bool) {
@@ -206,6 +208,7 @@ func TestScheduledReconcileGoesOnAfterARestart(t *testing.T) {
 // TestScheduledReconcileNeverGoesToTheGuardItself gives the guard's own address as the
 // upstream's, as a hosts file or a forward by port may.
 func TestScheduledReconcileNeverGoesToTheGuardItself(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	cfg, err := config.Parse("guard.yaml", []byte(guardYAML(em, "audit")))
 	if err != nil {

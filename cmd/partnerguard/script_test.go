@@ -27,6 +27,7 @@ import (
 //
 // and in its environment LISTEN and ADMIN, free addresses, and CUSTOMER.
 func TestScripts(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	samples, ready := t.TempDir(), t.TempDir()
 	g := startGuard(t, samples, guardYAML(em, "audit"))

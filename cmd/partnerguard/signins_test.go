@@ -20,6 +20,7 @@ import (
 // TestSignInsProveTheCauseOfACall goes the whole way: a call through the guard, the
 // sign-in that gave its token, and what report only holds for likely is certain.
 func TestSignInsProveTheCauseOfACall(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	g := startGuard(t, t.TempDir(), guardYAML(em, "audit"))
 	get(t, g.url+"/v1/invoices", sampleToken(t, em, emulator.AppPassword))
@@ -83,6 +84,7 @@ func TestSignInsProveTheCauseOfACall(t *testing.T) {
 }
 
 func TestSignInProgressIsOneLineOfATerminal(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "export.json")
 	if err := os.WriteFile(file, make([]byte, 400), 0o600); err != nil {
 		t.Fatal(err)

@@ -140,6 +140,7 @@ func waitFor(t *testing.T, em *emulator.Emulator, id, what string, done func(emu
 }
 
 func TestStreamsPassUnbuffered(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g, protocols := startStreams(t, em, dir)
@@ -301,6 +302,7 @@ func TestStreamsPassUnbuffered(t *testing.T) {
 // A client that hangs up gives up its call at the upstream, too, at once; the call
 // still has its outcome.
 func TestStreamsEndWithTheClient(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g, protocols := startStreams(t, em, dir)
@@ -407,6 +409,7 @@ func TestStreamsEndWithTheClient(t *testing.T) {
 // An upstream that breaks off gives the client a broken transfer, never a clean
 // short answer.
 func TestStreamsThatTheUpstreamBreaks(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g, protocols := startStreams(t, em, dir)
@@ -454,6 +457,7 @@ func TestStreamsThatTheUpstreamBreaks(t *testing.T) {
 }
 
 func TestStreamsCarryEarlyHintsAndTrailers(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	g, protocols := startStreams(t, em, t.TempDir())
 	token := em.Mint(emulator.TokenSpec{})
@@ -505,6 +509,7 @@ func TestStreamsCarryEarlyHintsAndTrailers(t *testing.T) {
 }
 
 func TestStreamsSideBySide(t *testing.T) {
+	t.Parallel()
 	const size = 4 << 20
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()

@@ -16,6 +16,7 @@ import (
 
 // systemd's side of a service that tells of itself, with a socket unit.
 func TestUnderSystemd(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	notify := filepath.Join(t.TempDir(), "notify")
 	said, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: notify, Net: "unixgram"})
@@ -117,6 +118,7 @@ func TestUnderSystemd(t *testing.T) {
 }
 
 func TestASocketThatNoListenerIsForStopsTheStart(t *testing.T) {
+	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -139,6 +141,7 @@ func TestASocketThatNoListenerIsForStopsTheStart(t *testing.T) {
 
 // The shipped units are what systemd takes.
 func TestTheUnitsAreValid(t *testing.T) {
+	t.Parallel()
 	analyze, err := exec.LookPath("systemd-analyze")
 	if err != nil {
 		if os.Getenv("CI") != "" {

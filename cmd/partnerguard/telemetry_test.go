@@ -54,6 +54,7 @@ func metric(t *testing.T, g *guardProcess, series string) float64 {
 }
 
 func TestTelemetryMetricsCountTheCalls(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	// The audit of one integration beside the enforcement for the others.
 	yaml := strings.Replace(guardYAML(em, "enforce"), "owner: orders@contoso.example", "owner: orders@contoso.example\n    mode: audit", 1)
@@ -143,6 +144,7 @@ func goVersion() string {
 }
 
 func TestTelemetryCountsWhatIsNoRequest(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	g := startGuard(t, t.TempDir(), guardYAML(em, "audit"))
 	for _, row := range []struct {
@@ -183,11 +185,12 @@ func TestTelemetryCountsWhatIsNoRequest(t *testing.T) {
 // The names that a line may have, besides level and msg.
 const (
 	decisionNames = "call time instance generation listener peer method route path query_names upstream integration evidence owner customer kind verified tid app_id user_ref uti iat exp amr mfa mode rule effect reason would_reject request_id correlation_id application user_agent"
-	outcomeNames  = "status rejection code upstream_status mfa_compliant upstream_request_id upstream_correlation_id bytes_in bytes_out duration_ms upstream_ms replays error"
+	outcomeNames  = "status rejection code upstream_status mfa_compliant echoed upstream_request_id upstream_correlation_id bytes_in bytes_out duration_ms upstream_ms replays error"
 )
 
 // Every call is one line of the log, and that line says what the ledger says.
 func TestTelemetryLogHasOneLineACall(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	dir := t.TempDir()
 	g := startGuard(t, dir, guardYAML(em, "enforce"))
@@ -291,6 +294,7 @@ func protoAttribute(key, value string) []byte {
 }
 
 func TestTelemetrySendsTracesAndMetricsByOTLP(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	c := startReceiver(t)
 	dir := t.TempDir()
@@ -392,6 +396,7 @@ func TestTelemetryCollectorIsABlackHole(t *testing.T) {
 
 // A reader of the log that reads nothing stops no call; what is dropped is counted.
 func TestTelemetryLogIsNotRead(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -424,6 +429,7 @@ func TestTelemetryLogIsNotRead(t *testing.T) {
 
 // A reader of the log that goes away takes the guard not with it.
 func TestTelemetryLogReaderGoesAway(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	r, w, err := os.Pipe()
 	if err != nil {

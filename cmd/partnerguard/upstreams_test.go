@@ -39,6 +39,7 @@ func threeAPIs(t *testing.T, em *emulator.Emulator, more string) *guardProcess {
 }
 
 func TestEachUpstreamTakesItsOwnTokensOnly(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	g := threeAPIs(t, em, "")
 	tokens := map[string]string{
@@ -79,6 +80,7 @@ func TestEachUpstreamTakesItsOwnTokensOnly(t *testing.T) {
 }
 
 func TestThePagesOfACollectionAllComeThroughTheGuard(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{PageSize: 7})
 	g := threeAPIs(t, em, "")
 	token := em.Mint(emulator.TokenSpec{Audience: emulator.AudiencePartnerAPI})
@@ -160,6 +162,7 @@ func TestThePagesOfACollectionAllComeThroughTheGuard(t *testing.T) {
 }
 
 func TestLinksStayWhereTheConfigurationSaysSo(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{PageSize: 7})
 	g := threeAPIs(t, em, ", rewrite_links: false")
 	_, body := get(t, g.urls[1]+"/v1.0/engagements/referrals", em.Mint(emulator.TokenSpec{Audience: emulator.AudiencePartnerAPI}))
@@ -171,6 +174,7 @@ func TestLinksStayWhereTheConfigurationSaysSo(t *testing.T) {
 
 // A partner's only way out is often a proxy.
 func TestCallsGoOutThroughACorporateProxy(t *testing.T) {
+	t.Parallel()
 	em := startEmulator(t, emulator.Config{})
 	ca := filepath.Join(t.TempDir(), "ca.pem")
 	if err := os.WriteFile(ca, em.CAPEM(), 0o600); err != nil {

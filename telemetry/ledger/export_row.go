@@ -156,6 +156,8 @@ func (r *exportRow) set(name string, v value) (err error) {
 		r.UpstreamRequestID, err = v.text()
 	case "upstream_correlation_id":
 		r.UpstreamCorrelationID, err = v.text()
+	case "echoed":
+		r.UpstreamRequestID, r.UpstreamCorrelationID = r.RequestID, r.CorrelationID
 	case "bytes_in":
 		r.BytesIn, err = v.int()
 	case "bytes_out":

@@ -221,7 +221,7 @@ func (m *mortal) survivor(ino *inode) []byte {
 // afterwards: with SyncAlways every decision that Decide took, else what was written
 // before the last sync; and the chain holds.
 func TestPowerLoss(t *testing.T) {
-	histories := 100
+	histories := 60
 	if testing.Short() {
 		histories = 25
 	}

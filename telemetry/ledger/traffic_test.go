@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"encoding/base64"
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"strconv"
@@ -22,6 +23,7 @@ type traffic struct {
 	now      time.Time
 	at       atomic.Int64 // now, for other goroutines
 	programs []program
+	calls    uint64
 }
 
 type program struct {
@@ -121,13 +123,11 @@ func (t *traffic) call(gap time.Duration) *proxy.Record {
 	r := trafficRoutes[p.routes[t.rnd.IntN(len(p.routes))]]
 	customer := p.customers[min(t.rnd.IntN(300), t.rnd.IntN(300))]
 	item := uuid.NewSHA1(uuid.Nil, []byte(customer+strconv.Itoa(t.rnd.IntN(3)))).String()
-	var id proxy.CallID
-	randReader{t.rnd}.Read(id[:])
-	ms := uint64(t.now.UnixMilli())
-	for i := range 6 {
-		id[i] = byte(ms >> (40 - 8*i))
-	}
-	id[6], id[8] = id[6]&0x0f|0x70, id[8]&0x3f|0x80
+	var id proxy.CallID // as the guard makes them
+	t.calls++
+	ms := t.now.UnixMilli()
+	binary.BigEndian.PutUint64(id[:8], uint64(ms)<<16|7<<12|uint64(t.now.UnixNano()-ms*1e6)*4096/1e6)
+	binary.BigEndian.PutUint64(id[8:], 1<<63|0x1a3c5e1177f20000+t.calls)
 	rec := &proxy.Record{Decided: proxy.Decided{
 		Call: id, Time: t.now, Instance: "guard-1", Generation: 1, Listener: "main", Peer: p.peer, Method: r.method, Route: r.route,
 		Path:     strings.NewReplacer("{customer}", customer, "{item}", item, "{number}", strconv.Itoa(10000+t.rnd.IntN(500))).Replace(r.path),

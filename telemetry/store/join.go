@@ -119,7 +119,7 @@ func (b *batch) add(ctx context.Context, e ledger.Entry) error {
 		if o == nil {
 			return b.orphan(ctx, e.Seq, end)
 		}
-		o.call.Finished = end.Finished
+		o.call.end(end.Finished)
 		b.finish(o, e.Seq)
 	case ledger.TypeGap:
 		g := gap{seq: e.Seq}
@@ -151,6 +151,7 @@ func (b *batch) orphan(ctx context.Context, seq uint64, end Call) error {
 	if end.Time.IsZero() {
 		end.Time = timeOf(end.ID)
 	}
+	end.end(end.Finished)
 	b.finish(&openCall{call: end}, seq)
 	return nil
 }

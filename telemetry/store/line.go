@@ -119,6 +119,10 @@ func (s *scanner) member(key string, c *Call) {
 		c.UpstreamRequestID = s.text()
 	case "upstream_correlation_id":
 		c.UpstreamCorrelationID = s.text()
+	case "echoed":
+		if s.bool() {
+			c.UpstreamRequestID = echoed
+		}
 	case "bytes_in":
 		c.BytesIn = s.int()
 	case "bytes_out":
@@ -134,6 +138,18 @@ func (s *scanner) member(key string, c *Call) {
 	default:
 		s.skip()
 	}
+}
+
+// echoed is Microsoft's id of a call where it is the call's own, until the outcome meets
+// its decision. The guard keeps no such character of what comes from outside.
+const echoed = "\x00"
+
+// end gives c what its outcome says.
+func (c *Call) end(f Finished) {
+	if f.UpstreamRequestID == echoed {
+		f.UpstreamRequestID, f.UpstreamCorrelationID = c.RequestID, c.CorrelationID
+	}
+	c.Finished = f
 }
 
 // scanner reads JSON values from in. After the first error it reads zero values.

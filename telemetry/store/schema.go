@@ -115,7 +115,7 @@ func openWriter(path string) (*writer, error) {
 		// answer is a page fault, which Go does not see, and the next garbage collection
 		// would wait for it with every call in the process.
 		"journal_mode(truncate)",
-		"synchronous(full)",
+		"synchronous(normal)",
 		"cache_size(-16384)", // KiB
 	)
 	if err != nil {
