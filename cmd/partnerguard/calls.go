@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/telemetry/report"
 	"github.com/partnerguard/partnerguard/telemetry/store"
 	"github.com/spf13/cobra"
@@ -61,17 +60,7 @@ func calls(c *cobra.Command, e environment) error {
 		return err
 	}
 	follow, _ := c.Flags().GetBool("follow")
-	var cfg *config.Config
-	if file, _ := c.Flags().GetString("config"); file != "" {
-		if cfg, err = configuration(c); err != nil {
-			return err
-		}
-	}
-	place, err := storeAt(c, e, dir, cfg)
-	if err != nil {
-		return err
-	}
-	r, err := openStore(c.Context(), place)
+	r, err := storeOf(c, e, dir)
 	if err != nil {
 		return err
 	}

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/telemetry/reconcile"
 	"github.com/partnerguard/partnerguard/telemetry/report"
 	"github.com/spf13/cobra"
@@ -69,17 +68,7 @@ func signIns(c *cobra.Command, e environment, files []string) error {
 	if cfg.Inputs, err = signInInputs(e, files); err != nil {
 		return err
 	}
-	var guard *config.Config
-	if file, _ := c.Flags().GetString("config"); file != "" {
-		if guard, err = configuration(c); err != nil {
-			return err
-		}
-	}
-	place, err := storeAt(c, e, dir, guard)
-	if err != nil {
-		return err
-	}
-	r, err := openStore(c.Context(), place)
+	r, err := storeOf(c, e, dir)
 	if err != nil {
 		return err
 	}

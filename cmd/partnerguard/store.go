@@ -43,6 +43,22 @@ func storeAt(c *cobra.Command, e environment, dir string, cfg *config.Config) (s
 	return at, nil
 }
 
+// storeOf opens the store that c reads.
+func storeOf(c *cobra.Command, e environment, dir string) (store.Reader, error) {
+	var cfg *config.Config
+	if file, _ := c.Flags().GetString("config"); file != "" {
+		var err error
+		if cfg, err = configuration(c); err != nil {
+			return nil, err
+		}
+	}
+	at, err := storeAt(c, e, dir, cfg)
+	if err != nil {
+		return nil, err
+	}
+	return openStore(c.Context(), at)
+}
+
 // url is that of the fleet's database, empty for SQLite.
 func (at storePlace) url() (string, error) {
 	url, err := at.postgres.Read(at.env)
