@@ -191,9 +191,10 @@ func TestScheduledReconcileGoesOnAfterARestart(t *testing.T) {
 	g.stop()
 	asked := em.Count()
 	g = startGuard(t, dir, yaml, "RECONCILE_TOKEN="+token)
-	if at := g.metric("partnerguard_reconcile_last_success_timestamp_seconds"); at == 0 {
-		t.Error("the last success is forgotten")
-	}
+	awaiting(t, func() (float64, bool) {
+		at := metrics(t, g)["partnerguard_reconcile_last_success_timestamp_seconds"]
+		return at, at > 0 // the last success is not forgotten
+	})
 	get(t, g.url+"/v1/invoices", token)
 	g.stop()
 	paths := []string{}

@@ -65,6 +65,7 @@ type estate struct {
 type scripted struct {
 	name, owner, peer, agent, application, rule string
 	mode                                        policy.Mode
+	ownIDs                                      bool // sends MS-RequestId and MS-CorrelationId
 	apps                                        []string
 	users                                       []person
 	routes                                      []string
@@ -97,7 +98,7 @@ func newEstate(from, until time.Time, calls int) *estate {
 	for i := range estateIntegrations {
 		s := &scripted{
 			name: fmt.Sprintf("integration-%02d", i), owner: fmt.Sprintf("team-%d@contoso.example", i%12), peer: fmt.Sprintf("10.20.%d.%d", i/16, 10+i),
-			agent: agents[i%len(agents)], mode: modes[i%len(modes)], tokens: map[[2]int]policy.Token{},
+			agent: agents[i%len(agents)], mode: modes[i%len(modes)], ownIDs: i%2 == 1, tokens: map[[2]int]policy.Token{},
 		}
 		if i%3 == 0 {
 			s.application = "Contoso " + s.name
@@ -192,11 +193,14 @@ func (e *estate) call(i int, at time.Time, r *proxy.Record) {
 	app, user := e.rng.IntN(len(s.apps)), e.rng.IntN(len(s.users))
 	route := s.routes[s.pick.Uint64()]
 	binary.BigEndian.PutUint64(r.Call[:8], uint64(at.UnixMilli())<<16|7<<12|uint64(e.rng.Uint32()&0xfff))
-	binary.BigEndian.PutUint64(r.Call[8:], 1<<63|e.rng.Uint64()>>2)
+	binary.BigEndian.PutUint64(r.Call[8:], 1<<63|0x1a3c5e1177f20000+uint64(i))
 	r.Time, r.Instance, r.Generation, r.Listener, r.Peer, r.Upstream = at, "guard-1", 3, "main", s.peer, "partner-center"
 	r.Integration, r.Owner, r.Evidence = s.name, s.owner, "app_id"
 	r.Mode, r.Rule, r.Effect = s.mode, s.rule, policy.Allow
-	r.RequestID, r.CorrelationID, r.UserAgent, r.Application = e.guid(), e.guid(), s.agent, s.application
+	r.RequestID, r.CorrelationID, r.UserAgent, r.Application = r.Call.String(), r.Call.String(), s.agent, s.application
+	if s.ownIDs {
+		r.RequestID, r.CorrelationID = e.guid(), e.guid()
+	}
 	r.Method = "GET"
 	if strings.HasSuffix(route, "carts") || route == "/generatetoken" {
 		r.Method = "POST"

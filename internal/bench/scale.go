@@ -14,6 +14,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/partnerguard/partnerguard/telemetry/ledger"
 	"github.com/partnerguard/partnerguard/telemetry/report"
 	"github.com/partnerguard/partnerguard/telemetry/store"
 )
@@ -126,6 +127,11 @@ func (t *scaleTable) measure(ctx context.Context, guard, dir string, n int) erro
 		return err
 	}
 	t.set("ledger: bytes a call", float64(size)/float64(n))
+	packed, err := compressed(ctx, dir)
+	if err != nil {
+		return fmt.Errorf("compress ledger: %w", err)
+	}
+	t.set("ledger: bytes a call, compressed", packed*float64(size)/float64(n))
 
 	fmt.Fprintf(os.Stderr, "%d calls: reading it into the store\n", n)
 	p, err := runGuard(ctx, guard, "ledger", "rebuild", "--data-dir", dir)
@@ -322,6 +328,57 @@ func peakRSS(pid int) float64 {
 }
 
 // bytesUnder is the size of a file, or of all in a directory.
+// compressed is how much of a segment's size is left once the guard has compressed it,
+// found with a copy of the first ones of dir.
+func compressed(ctx context.Context, dir string) (part float64, err error) {
+	tmp, err := os.MkdirTemp(dir, "compressed-")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(tmp)
+	from, to := filepath.Join(dir, "ledger"), filepath.Join(tmp, "ledger")
+	if err := os.Mkdir(to, 0o700); err != nil {
+		return 0, err
+	}
+	var plain int64
+	for num := 1; num <= 2; num++ {
+		name := fmt.Sprintf("%012d.jsonl", num)
+		text, err := os.ReadFile(filepath.Join(from, name))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(to, name), text, 0o600)
+		}
+		if err != nil {
+			return 0, err
+		}
+		plain += int64(len(text))
+	}
+	l, err := ledger.Open(ledger.Config{Dir: tmp, Compress: true, Retention: -1})
+	if err != nil {
+		return 0, err
+	}
+	defer l.Close()
+	for {
+		packed, _ := filepath.Glob(filepath.Join(to, "*.jsonl.zst"))
+		left, _ := filepath.Glob(filepath.Join(to, "*.jsonl"))
+		if len(packed) == 2 && len(left) == 1 {
+			var size int64
+			for _, name := range packed {
+				n, err := bytesUnder(name)
+				if err != nil {
+					return 0, err
+				}
+				size += n
+			}
+			return float64(size) / float64(plain), nil
+		}
+		select {
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
 func bytesUnder(path string) (int64, error) {
 	var total int64
 	err := filepath.WalkDir(path, func(_ string, d os.DirEntry, err error) error {

@@ -35,12 +35,6 @@ func (c *complaints) Write(p []byte) (int, error) {
 	return c.buf.Write(p)
 }
 
-func (c *complaints) reset() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.buf.Reset()
-}
-
 func (c *complaints) has(text string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

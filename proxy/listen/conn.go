@@ -124,10 +124,15 @@ func (c *conn) call(r *http.Request) {
 }
 
 func (c *conn) Read(p []byte) (int, error) {
+	if c.http2.Load() {
+		c.flood.pace()
+	}
 	n, err := c.TCPConn.Read(p)
-	if c.http2.Load() && c.flood.read(n) {
-		c.server.http.ErrorLog.Printf("listen: HTTP/2 connection from %s ended: it sends little but control frames", c.RemoteAddr())
-		return 0, errFlood
+	if c.http2.Load() {
+		if err := c.flood.read(n); err != nil {
+			c.server.http.ErrorLog.Printf("listen: HTTP/2 connection from %s ended: %v", c.RemoteAddr(), err)
+			return 0, err
+		}
 	}
 	return n, err
 }

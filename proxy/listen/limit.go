@@ -69,17 +69,33 @@ func http2Limits() *http.HTTP2Config {
 // nothing (PING, SETTINGS, PRIORITY, empty DATA). net/http bounds their memory, not
 // their number. What a connection may send grows with the calls it makes, with the
 // bodies that are read from it and with the answers it gets; nginx keeps the same
-// kind of account (ngx_http_v2_check_flood).
+// kind of account (ngx_http_v2_check_flood). Calls cancelled at once have an account
+// of their own, as Envoy's have (overload.premature_reset_total_stream_count).
 type flood struct {
 	got     atomic.Int64 // bytes
 	allowed atomic.Int64 // beyond freeFlood
+	resets  atomic.Int64 // calls that the client soon cancelled, less the others
+	last    int          // bytes of the last read; only the reader's
 }
 
 // freeFlood is what a connection may send without any call: 6,700 PINGs, each in its
-// own TLS record.
-const freeFlood = 256 << 10
+// own TLS record. From swiftFlood on, more than a dozen calls that are yet to start, it
+// is read slowly, at slowFlood bytes a second: net/http hands each frame from one
+// goroutine to another and back, and while such pairs keep all processors busy Go
+// looks only every 10 ms for what other connections sent.
+const (
+	freeFlood   = 256 << 10
+	swiftFlood  = 32 << 10
+	slowFlood   = 64 << 10
+	freeResets  = 500
+	swiftResets = http2Streams // a client may well give up all it waits for
+	soonReset   = time.Second
+)
 
-var errFlood = errors.New("flood of HTTP/2 control frames")
+var (
+	errFlood  = errors.New("it sends little but control frames")
+	errResets = errors.New("it cancels its calls at once")
+)
 
 // request allows for the frames of a call: its headers, as if they were not
 // compressed, twice.
@@ -93,9 +109,40 @@ func (f *flood) request(r *http.Request) {
 	f.allowed.Add(int64(2 * n))
 }
 
-// read counts n bytes read and reports whether that is too much.
-func (f *flood) read(n int) bool {
-	return f.got.Add(int64(n)) > freeFlood+f.allowed.Load()
+// ended notes that the handler of a call returned.
+func (f *flood) ended(r *http.Request, began time.Time) {
+	if r.Context().Err() != nil && time.Since(began) < soonReset {
+		f.resets.Add(1)
+	} else if f.resets.Load() > 0 {
+		f.resets.Add(-1) // below zero by a few at most
+	}
+}
+
+// pace waits before a read, if there is a flood. It looks again meanwhile: handlers
+// about to start allow for what was read already.
+func (f *flood) pace() {
+	wait := time.Duration(f.last) * time.Second / slowFlood
+	for step := 100 * time.Microsecond; wait > 0 && f.over(swiftFlood, swiftResets) != nil; step *= 2 {
+		time.Sleep(min(step, wait))
+		wait -= step
+	}
+}
+
+// read counts n bytes read. An error says that it is too much.
+func (f *flood) read(n int) error {
+	f.last = n
+	f.got.Add(int64(n))
+	return f.over(freeFlood, freeResets)
+}
+
+func (f *flood) over(bytes, resets int64) error {
+	switch {
+	case f.got.Load() > bytes+f.allowed.Load():
+		return errFlood
+	case f.resets.Load() > resets:
+		return errResets
+	}
+	return nil
 }
 
 // Files that are no client's connection and no call's: ledger, store, admin listener,

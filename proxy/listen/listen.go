@@ -241,6 +241,9 @@ func (s *Server) carry(h http.Handler) http.Handler {
 			return
 		}
 		c.call(r)
+		if c.http2.Load() {
+			defer c.flood.ended(r, time.Now())
+		}
 		if s.draining.Load() {
 			w.Header().Set("Connection", "close")
 		}

@@ -10,6 +10,8 @@ import (
 
 	"github.com/gofrs/flock"
 	"github.com/partnerguard/partnerguard/telemetry/ledger"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 )
 
 // sqliteDB is the database in the data directory, store.db. There is one writer per
@@ -84,6 +86,13 @@ func (s *sqliteDB) open(context.Context) (*joiner, error) {
 
 var errMoved = errors.New("the database was removed or replaced while it was in use")
 
+// moved reports whether err says so, in SQLite's words too: it looks by itself before it
+// writes.
+func moved(err error) bool {
+	var e *sqlite.Error
+	return errors.Is(err, errMoved) || errors.As(err, &e) && e.Code() == sqlite3.SQLITE_READONLY_DBMOVED
+}
+
 // begin begins a transaction. It returns errMoved when the database that is open is
 // no longer the file of its name. It must not open that file: to close it again would
 // drop the locks that this process holds on it (POSIX), and so SQLite's.
@@ -113,7 +122,7 @@ func (s *sqliteDB) recover(err error) error {
 	case errors.Is(err, ledger.ErrPosition):
 		s.event(Event{Outdated, s.path, err})
 		return removeDB(s.path)
-	case damaged(err), errors.Is(err, errMoved):
+	case damaged(err), moved(err):
 		aside, moveErr := s.setAside()
 		if moveErr != nil {
 			return moveErr
