@@ -13,17 +13,18 @@ import (
 // CallID names one call: a UUIDv7, so that ids sort by time.
 type CallID = uuid.UUID
 
-// newCallID makes a UUIDv7 (RFC 9562 section 5.7): the time to a quarter of a
-// microsecond, then a number that goes on from a random one (section 6.2). It is unique
-// and in order, not secret; what neighbours share costs the compressed ledger nothing.
+// newCallID makes a UUIDv7 (RFC 9562 section 5.7): the time, then a number that goes on
+// from a random one (section 6.2). It is unique and in order, not secret; what neighbours
+// share costs the compressed ledger nothing.
 func newCallID(now time.Time) CallID {
 	var id CallID
-	ms := now.UnixMilli()
-	fraction := uint64(now.UnixNano()-ms*1e6) * 4096 / 1e6
-	binary.BigEndian.PutUint64(id[:8], uint64(ms)<<16|7<<12|fraction)
+	binary.BigEndian.PutUint64(id[:8], uint64(now.UnixMilli())<<16|7<<12|process)
 	binary.BigEndian.PutUint64(id[8:], 1<<63|lastCall.Add(1)<<2>>2)
 	return id
 }
+
+// process is 12 random bits more.
+var process = rand.Uint64N(1 << 12)
 
 // lastCall begins somewhere in 62 bits, so that no two processes meet.
 var lastCall = func() *atomic.Uint64 {

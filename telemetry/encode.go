@@ -18,6 +18,8 @@ const TimeLayout = "2006-01-02T15:04:05.000000Z07:00"
 // the ledger, the log and the API share. What is unknown (an empty string, a zero
 // number, an empty list) is left out; verified and would_reject always stand.
 //
+// An id of the request is left out where it is the call's: the client sent none.
+//
 // userRef stands for the user; the object id and the name of the user never do.
 // Nothing is allocated beyond the growth of dst and, once, of rec.Encoded, which
 // keeps the result: who comes second copies it.
@@ -34,6 +36,7 @@ func AppendDecision(dst []byte, rec *proxy.Record, userRef string) []byte {
 func appendDecision(dst []byte, rec *proxy.Record, userRef string) []byte {
 	d, t := &rec.Decided, &rec.Token
 	dst = appendCall(dst, rec.Call)
+	own := string(dst[len(dst)-len(`00000000-0000-0000-0000-000000000000"`) : len(dst)-1])
 	if !d.Time.IsZero() {
 		dst = append(dst, `,"time":"`...)
 		dst = d.Time.UTC().AppendFormat(dst, TimeLayout)
@@ -72,8 +75,12 @@ func appendDecision(dst []byte, rec *proxy.Record, userRef string) []byte {
 	dst = appendText(dst, `,"reason":`, string(d.Reason))
 	dst = append(dst, `,"would_reject":`...)
 	dst = strconv.AppendBool(dst, d.WouldReject)
-	dst = appendText(dst, `,"request_id":`, d.RequestID)
-	dst = appendText(dst, `,"correlation_id":`, d.CorrelationID)
+	if d.RequestID != own {
+		dst = appendText(dst, `,"request_id":`, d.RequestID)
+	}
+	if d.CorrelationID != own {
+		dst = appendText(dst, `,"correlation_id":`, d.CorrelationID)
+	}
 	dst = appendText(dst, `,"application":`, d.Application)
 	return appendText(dst, `,"user_agent":`, d.UserAgent)
 }

@@ -88,6 +88,19 @@ func TestOutcomeHasTheDocumentedNamesInOrder(t *testing.T) {
 	}
 }
 
+// A client that sends no ids of its own has the call's.
+func TestTheCallsOwnIDsAreLeftOut(t *testing.T) {
+	rec := fullRecord()
+	rec.RequestID = rec.Call.String()
+	if got := decision(rec, ""); strings.Contains(got, `"request_id"`) || !strings.Contains(got, `"correlation_id":"correlation"`) {
+		t.Errorf("AppendDecision = %s", got)
+	}
+	rec.CorrelationID = rec.Call.String()
+	if got := decision(rec, ""); strings.Contains(got, `"correlation_id"`) {
+		t.Errorf("AppendDecision = %s", got)
+	}
+}
+
 // What Microsoft says of a call is said once.
 func TestAnAnswerThatNamesTheCallsOwnIDs(t *testing.T) {
 	rec := &proxy.Record{}

@@ -192,7 +192,7 @@ func (e *estate) call(i int, at time.Time, r *proxy.Record) {
 	s := e.integrations[e.use.Uint64()]
 	app, user := e.rng.IntN(len(s.apps)), e.rng.IntN(len(s.users))
 	route := s.routes[s.pick.Uint64()]
-	binary.BigEndian.PutUint64(r.Call[:8], uint64(at.UnixMilli())<<16|7<<12|uint64(e.rng.Uint32()&0xfff))
+	binary.BigEndian.PutUint64(r.Call[:8], uint64(at.UnixMilli())<<16|7<<12|0xb3d)
 	binary.BigEndian.PutUint64(r.Call[8:], 1<<63|0x1a3c5e1177f20000+uint64(i))
 	r.Time, r.Instance, r.Generation, r.Listener, r.Peer, r.Upstream = at, "guard-1", 3, "main", s.peer, "partner-center"
 	r.Integration, r.Owner, r.Evidence = s.name, s.owner, "app_id"

@@ -155,10 +155,11 @@ func replacePlain(files files, path string, write func(io.Writer) error, check f
 }
 
 func encode(f file, size int64, write func(io.Writer) error) error {
-	// Of what a call's lines hold little repeats nearby: the better level, at half the
-	// speed, saves a tenth; the best one, at a tenth of the speed, 2 % more.
+	// Of what a call's lines hold little repeats nearby: the better level saves a tenth,
+	// and so does a window of 4 MiB instead of 1; the best level, at a third of the
+	// speed, and 8 MiB save 2 % more each.
 	enc, err := zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedBetterCompression),
-		zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(1<<20))
+		zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(4<<20))
 	if err != nil {
 		return err
 	}

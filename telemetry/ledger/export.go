@@ -3,6 +3,7 @@ package ledger
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/sha256"
@@ -402,6 +403,7 @@ func (x *export) row(call *openCall, seq uint64, outcome []byte) error {
 	if err := r.take(call.line); err != nil {
 		return fmt.Errorf("read record %d: %w", call.seq, err)
 	}
+	r.RequestID, r.CorrelationID = cmp.Or(r.RequestID, r.Call), cmp.Or(r.CorrelationID, r.Call)
 	if len(outcome) > 0 {
 		if err := r.take(outcome); err != nil {
 			return fmt.Errorf("read record %d: %w", seq, err)

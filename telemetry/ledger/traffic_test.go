@@ -125,8 +125,7 @@ func (t *traffic) call(gap time.Duration) *proxy.Record {
 	item := uuid.NewSHA1(uuid.Nil, []byte(customer+strconv.Itoa(t.rnd.IntN(3)))).String()
 	var id proxy.CallID // as the guard makes them
 	t.calls++
-	ms := t.now.UnixMilli()
-	binary.BigEndian.PutUint64(id[:8], uint64(ms)<<16|7<<12|uint64(t.now.UnixNano()-ms*1e6)*4096/1e6)
+	binary.BigEndian.PutUint64(id[:8], uint64(t.now.UnixMilli())<<16|7<<12|0xb3d)
 	binary.BigEndian.PutUint64(id[8:], 1<<63|0x1a3c5e1177f20000+t.calls)
 	rec := &proxy.Record{Decided: proxy.Decided{
 		Call: id, Time: t.now, Instance: "guard-1", Generation: 1, Listener: "main", Peer: p.peer, Method: r.method, Route: r.route,

@@ -512,6 +512,7 @@ func TestCallsTable(t *testing.T) {
 		"integration": "billing", "owner": "billing@contoso.example", "kind": "app_user", "verified": true, "tid": tenant, "app_id": app1,
 		"amr": []any{"pwd"}, "mfa": "absent", "mode": "audit", "effect": "allow", "reason": "mfa_missing", "would_reject": true,
 		"status": 401.0, "rejection": "mfa_required", "code": "900421", "user": "svc@contoso.example",
+		"request_id": "00000000-0000-7000-8000-000000000001", "correlation_id": "00000000-0000-7000-8000-000000000001",
 	}
 	causes := refused["causes"].([]any)
 	delete(refused, "causes")

@@ -99,7 +99,7 @@ func (b *batch) add(ctx context.Context, e ledger.Entry) error {
 	switch e.Type {
 	case ledger.TypeDecision:
 		o := &openCall{seq: e.Seq, line: string(e.Line)}
-		if err := decode(o.line, &o.call); err != nil {
+		if err := decodeDecision(o.line, &o.call); err != nil {
 			return err
 		}
 		if o.call.Time.IsZero() {

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -32,6 +33,14 @@ func decode[T string | []byte](line T, c *Call) error {
 		s.err = errors.New("no call")
 	}
 	return s.err
+}
+
+// decodeDecision reads a decision line into c. Where the client sent no id, the call's
+// own went out as such.
+func decodeDecision[T string | []byte](line T, c *Call) error {
+	err := decode(line, c)
+	c.RequestID, c.CorrelationID = cmp.Or(c.RequestID, c.ID), cmp.Or(c.CorrelationID, c.ID)
+	return err
 }
 
 func (s *scanner) member(key string, c *Call) {

@@ -348,7 +348,7 @@ func (p *postgres) load(ctx context.Context) error {
 	var line []byte
 	_, err = pgx.ForEachRow(rows, []any{&seq, &line}, func() error {
 		o := &openCall{seq: uint64(seq), stored: true}
-		if err := decode(string(line), &o.call); err != nil {
+		if err := decodeDecision(string(line), &o.call); err != nil {
 			return fmt.Errorf("read open call: %w", err)
 		}
 		in.open[o.call.ID] = o

@@ -712,7 +712,7 @@ func (s *selected) readOpen(ctx context.Context, tx pgx.Tx) ([]Call, error) {
 	var line []byte
 	_, err = pgx.ForEachRow(rows, []any{&line}, func() error {
 		var c Call
-		if err := decode(string(line), &c); err != nil {
+		if err := decodeDecision(string(line), &c); err != nil {
 			return fmt.Errorf("read open call: %w", err)
 		}
 		if s.open(&c) {

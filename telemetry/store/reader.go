@@ -514,7 +514,7 @@ func (r *sqliteReader) page(ctx context.Context, q *query, p *part, n int, wantO
 			return nil, nil, false, err
 		}
 		var c Call
-		if err := decode(line, &c); err != nil {
+		if err := decodeDecision(line, &c); err != nil {
 			return nil, nil, false, fmt.Errorf("read open call: %w", err)
 		}
 		if q.matches(&c) {

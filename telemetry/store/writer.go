@@ -135,7 +135,7 @@ func (w *writer) load(ctx context.Context) error {
 		if err := rows.Scan(&o.seq, &line); err != nil {
 			return err
 		}
-		if err := decode(line, &o.call); err != nil {
+		if err := decodeDecision(line, &o.call); err != nil {
 			return fmt.Errorf("read open call: %w", err)
 		}
 		w.open[o.call.ID] = o
