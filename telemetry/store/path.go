@@ -54,7 +54,7 @@ func packPath(path, route, customer string) any {
 		values = append(values, value...)
 	}
 	switch {
-	case rest != "":
+	case rest != "", len(values) > len(path) && !known:
 		return path
 	case known:
 		return nil

@@ -339,13 +339,14 @@ func FuzzPath(f *testing.F) {
 	f.Add("", "/x", "")
 	f.Add("/v1/{a}", "/v1/", "")
 	f.Add("/v1/{a}/b", "/V1/x/b/", "x")
+	f.Add("{}{}{}{}{}", ":'\xcc", "")
 	f.Fuzz(func(t *testing.T, route, path, customer string) {
 		packed := packPath(path, route, customer)
 		got, err := unpackPath(packed, route, customer)
 		if err != nil || got != path {
 			t.Errorf("path %q of route %q and customer %q comes back as %q, %v", path, route, customer, got, err)
 		}
-		if b, ok := packed.([]byte); ok && len(b) > len(path)+8 {
+		if b, ok := packed.([]byte); ok && len(b) > len(path) {
 			t.Errorf("path %q takes %d bytes", path, len(b))
 		}
 	})
