@@ -39,7 +39,7 @@ func TestFleet(t *testing.T) {
 	t.Setenv("GUARD_STORE", database)
 	em := startEmulator(t, emulator.Config{})
 	yaml := guardYAML(em, "audit", "store: {postgres: env:GUARD_STORE}")
-	tokens := []string{em.Mint(emulator.TokenSpec{}), em.Mint(emulator.TokenSpec{AMR: []string{"pwd"}}), em.Mint(emulator.TokenSpec{AppOnly: true})}
+	tokens := []string{em.Mint(emulator.TokenSpec{}), em.Mint(emulator.TokenSpec{AMR: []string{"pwd"}, UPN: "anna@contoso.example", ObjectID: "0a0b0c0d-1111-4222-8333-444455556666"}), em.Mint(emulator.TokenSpec{AppOnly: true})}
 
 	var fleet []*fleetGuard
 	for n := range 3 {
@@ -179,6 +179,31 @@ func TestFleet(t *testing.T) {
 			t.Errorf("ledger verify of %s: exit %d\n%s%s", g.name, code, stdout, stderr)
 		}
 	})
+
+	// A user is forgotten by the whole fleet, though each guard has its own name for him.
+	byAnna := func() string {
+		t.Helper()
+		stdout, stderr, code := partnerguard(t, "calls", "--store", "env:GUARD_STORE", "--format", "json", "--limit", "0", "--user", "anna@contoso.example")
+		if code != 0 {
+			t.Fatalf("calls --user: exit %d\n%s", code, stderr)
+		}
+		return stdout
+	}
+	before := byAnna()
+	for _, g := range fleet {
+		if !strings.Contains(before, `"instance":"`+g.name+`"`) {
+			t.Errorf("no call by her at %s: this test shows nothing", g.name)
+		}
+	}
+	if stdout, stderr, code := partnerguard(t, "ledger", "forget", "anna@contoso.example", "--data-dir", fleet[0].dir, "--store", "env:GUARD_STORE"); code != 0 {
+		t.Fatalf("ledger forget: exit %d\n%s%s", code, stdout, stderr)
+	}
+	if after := byAnna(); after != "" {
+		t.Errorf("after she was forgotten, calls --user finds %.300s", after)
+	}
+	if n := len(fleetCalls(t, database)); n != len(calls) {
+		t.Errorf("after she was forgotten the database has %d calls, want all %d", n, len(calls))
+	}
 }
 
 // A guard needs its fleet's database neither to start nor to serve.
