@@ -59,7 +59,7 @@ func TestOthersBesideFloods(t *testing.T) {
 			}
 			if len(theirs) > 0 {
 				if _, err := exec.LookPath(theirs[0]); err != nil {
-					t.Skip(err)
+					t.Fatal(err)
 				}
 			}
 			server := helper{Role: "server", Certificate: cert, Key: key}.start(t, ours)
