@@ -36,7 +36,7 @@ func AppendDecision(dst []byte, rec *proxy.Record, userRef string) []byte {
 func appendDecision(dst []byte, rec *proxy.Record, userRef string) []byte {
 	d, t := &rec.Decided, &rec.Token
 	dst = appendCall(dst, rec.Call)
-	own := string(dst[len(dst)-len(`00000000-0000-0000-0000-000000000000"`) : len(dst)-1])
+	end := len(dst) - 1 // of the id
 	if !d.Time.IsZero() {
 		dst = append(dst, `,"time":"`...)
 		dst = d.Time.UTC().AppendFormat(dst, TimeLayout)
@@ -75,10 +75,10 @@ func appendDecision(dst []byte, rec *proxy.Record, userRef string) []byte {
 	dst = appendText(dst, `,"reason":`, string(d.Reason))
 	dst = append(dst, `,"would_reject":`...)
 	dst = strconv.AppendBool(dst, d.WouldReject)
-	if d.RequestID != own {
+	if d.RequestID != string(dst[end-36:end]) {
 		dst = appendText(dst, `,"request_id":`, d.RequestID)
 	}
-	if d.CorrelationID != own {
+	if d.CorrelationID != string(dst[end-36:end]) {
 		dst = appendText(dst, `,"correlation_id":`, d.CorrelationID)
 	}
 	dst = appendText(dst, `,"application":`, d.Application)
