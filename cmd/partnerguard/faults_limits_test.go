@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/partnerguard/partnerguard/internal/emulator"
 	"github.com/partnerguard/partnerguard/telemetry/ledger"
 )
@@ -107,13 +108,15 @@ func (w *withoutCalls) Read(p []byte) (int, error) {
 }
 
 // floodOfTokens sends 100,000 tokens that were never seen before, one signed and 99
-// forged by turns, while large bodies pass.
+// forged by turns, while large bodies pass, to a guard that keeps its memory as in a
+// container that has 128 MiB.
 func floodOfTokens(t *testing.T, built string) {
 	const tokens, conns, batch = 100_000, 4, 50
 	em := startEmulator(t, emulator.Config{})
 	dir := filepath.Join(t.TempDir(), "data")
 	g := startStage(t, em, dir, stage{
 		program: built,
+		env:     []string{fmt.Sprint("GOMEMLIMIT=", memoryLimit(memlimit.Limit(128<<20)))},
 		reader: func(r io.Reader) io.Reader {
 			s := bufio.NewScanner(r)
 			s.Buffer(nil, 1<<20)

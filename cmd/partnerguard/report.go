@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/telemetry/reconcile"
 	"github.com/partnerguard/partnerguard/telemetry/report"
@@ -65,7 +66,7 @@ the guard's own records.`,
 			if o.store, err = storeAt(c, e, dir, cfg); err != nil {
 				return err
 			}
-			tuneMemory(e.env)
+			tuneMemory(e.env, memlimit.FromCgroup)
 			o.notes = e.err
 			return printReport(c.Context(), e.out, o)
 		},

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/policy"
 	"github.com/partnerguard/partnerguard/telemetry"
@@ -54,7 +55,7 @@ func serve(c *cobra.Command, e environment) error {
 	if err != nil {
 		return err
 	}
-	tuneMemory(e.env)
+	tuneMemory(e.env, memlimit.FromCgroup)
 	signal.Ignore(syscall.SIGPIPE) // the guard outlives whoever reads its log
 	log := telemetry.NewCallLog(e.err, isTerminal(e.err))
 	defer func() {
@@ -152,14 +153,26 @@ func configuration(c *cobra.Command) (*config.Config, error) {
 }
 
 // tuneMemory collects garbage less often than Go's default, for 5 to 10 % less CPU
-// at some 10 MiB more memory, unless the user set it.
-func tuneMemory(env func(string) string) {
+// at some 10 MiB more memory, and keeps within the memory of the container (container
+// tells it, in bytes). What the user set stands.
+func tuneMemory(env func(string) string, container memlimit.Provider) {
 	if env("GOGC") == "" {
 		debug.SetGCPercent(300)
 	}
 	if env("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(1 << 30)
+		debug.SetMemoryLimit(memoryLimit(container))
 	}
+}
+
+// memoryLimit is how much Go's runtime should take, in bytes: what the container has,
+// less 64 MiB (or half) for the program's own file and SQLite, and 1 GiB at most.
+func memoryLimit(container memlimit.Provider) int64 {
+	const most, beside = 1 << 30, 64 << 20
+	has, err := container()
+	if err != nil { // it has no limit, or none that can be read
+		return most
+	}
+	return int64(min(most, has-min(beside, has/2)))
 }
 
 func isTerminal(w io.Writer) bool {
