@@ -365,7 +365,7 @@ func TestFaultsOfAdminPaths(t *testing.T) {
 // awaiting tries until it works, and returns what it then has.
 func awaiting[T any](t *testing.T, try func() (T, bool)) T {
 	t.Helper()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(time.Minute)
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
