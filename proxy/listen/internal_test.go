@@ -1,6 +1,7 @@
 package listen
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -15,8 +16,11 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/net/http2"
 )
 
 func TestConnectionLimitFollowsOpenFiles(t *testing.T) {
@@ -125,7 +129,7 @@ func BenchmarkCarry(b *testing.B) {
 	for name, now := range map[string]*current{"clear text": nil, "TLS": {tls: &TLS{}}, "client certificate": {tls: &TLS{}, clients: asked}} {
 		b.Run(name, func(b *testing.B) {
 			s := &Server{idle: make(chan struct{}, 1), http: &http.Server{}}
-			c := &conn{server: s}
+			c := &conn{}
 			if now != nil {
 				s.current.Store(now)
 				c.tls = &tls.ConnectionState{}
@@ -142,5 +146,38 @@ func BenchmarkCarry(b *testing.B) {
 				h.ServeHTTP(w, r)
 			}
 		})
+	}
+}
+
+// Frames are found however the bytes of a connection are cut.
+func TestFramesAreFound(t *testing.T) {
+	var sent bytes.Buffer
+	sent.WriteString(http2.ClientPreface)
+	w := http2.NewFramer(&sent, nil)
+	w.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 20})
+	w.WriteData(1, false, nil)
+	w.WriteData(1, false, make([]byte, 16<<10))
+	w.WritePing(false, [8]byte{})
+	w.WriteDataPadded(1, true, []byte("x"), make([]byte, 7))
+	type frame struct {
+		kind   byte
+		length int
+	}
+	want := []frame{{0x4, 6}, {0x0, 0}, {0x0, 16 << 10}, {0x6, 8}, {0x0, 1 + 1 + 7}}
+	for size := 1; size <= sent.Len(); size = size*3/2 + 1 {
+		f := frames{skip: http2Preface}
+		var got []frame
+		for part := range slices.Chunk(sent.Bytes(), size) {
+			for {
+				kind, length, ok := f.next(&part)
+				if !ok {
+					break
+				}
+				got = append(got, frame{kind, length})
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("in parts of %d bytes: %v, want %v", size, got, want)
+		}
 	}
 }

@@ -16,6 +16,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // Server is one listener and its HTTP server. Its methods are safe for concurrent
@@ -23,7 +25,9 @@ import (
 type Server struct {
 	name     string
 	listener net.Listener
-	http     *http.Server
+	http     *http.Server  // of handshakes and of HTTP/1.1
+	http2    *http.Server  // of connections whose handshake chose HTTP/2
+	slow     *rate.Limiter // frames of HTTP/2 floods
 	unparsed func()
 	failed   chan error
 	serving  sync.WaitGroup
@@ -112,23 +116,29 @@ func Open(cfg Config) (*Server, error) {
 	s := &Server{
 		name: cfg.Name, unparsed: cfg.Unparsed,
 		listener: &bounded{TCPListener: tcp, limit: int64(cfg.MaxConnections), refused: cfg.Refused},
+		slow:     rate.NewLimiter(slowFrames, paceFrames),
 		failed:   make(chan error, 1), idle: make(chan struct{}, 1), conns: map[*conn]struct{}{},
 	}
-	protocols := new(http.Protocols) // HTTP/2 only with TLS
-	protocols.SetHTTP1(true)
-	protocols.SetHTTP2(true)
-	s.http = &http.Server{
-		Handler:                      s.carry(cfg.Handler),
-		Protocols:                    protocols,
-		HTTP2:                        http2Limits(),
-		ReadHeaderTimeout:            cmp.Or(cfg.ReadHeaderTimeout, defaultReadHeaderTimeout),
-		IdleTimeout:                  cmp.Or(cfg.IdleTimeout, defaultIdleTimeout),
-		MaxHeaderBytes:               cmp.Or(cfg.MaxHeaderBytes, defaultMaxHeaderBytes),
-		DisableGeneralOptionsHandler: true, // OPTIONS * is a call like any other
-		ErrorLog:                     cfg.ErrorLog,
-		ConnContext:                  s.connContext,
-		ConnState:                    s.connState,
+	server := func(protocols http.Protocols) *http.Server {
+		return &http.Server{
+			Handler:                      s.carry(cfg.Handler),
+			Protocols:                    &protocols,
+			HTTP2:                        http2Limits(),
+			ReadHeaderTimeout:            cmp.Or(cfg.ReadHeaderTimeout, defaultReadHeaderTimeout),
+			IdleTimeout:                  cmp.Or(cfg.IdleTimeout, defaultIdleTimeout),
+			MaxHeaderBytes:               cmp.Or(cfg.MaxHeaderBytes, defaultMaxHeaderBytes),
+			DisableGeneralOptionsHandler: true, // OPTIONS * is a call like any other
+			ErrorLog:                     cfg.ErrorLog,
+			ConnContext:                  s.connContext,
+			ConnState:                    s.connState,
+		}
 	}
+	var offered, framed http.Protocols
+	offered.SetHTTP1(true)
+	offered.SetHTTP2(true) // with TLS only
+	framed.SetUnencryptedHTTP2(true)
+	s.http, s.http2 = server(offered), server(framed)
+	s.http.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){"h2": s.serveHTTP2}
 	if cfg.TLS != nil {
 		s.current.Store(&current{tls: cfg.TLS, clients: cfg.TLS.clients})
 		// The keys of session tickets are this value's, so that sessions survive SetTLS.
@@ -204,9 +214,12 @@ func (s *Server) Drain() { s.draining.Store(true) }
 // it cuts them, and gives their handlers up to two seconds to close the account.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.closing.Store(true)
-	err := s.http.Shutdown(ctx)
+	var goodbye sync.WaitGroup
+	goodbye.Go(func() { s.http2.Shutdown(ctx) })
+	err := s.http.Shutdown(ctx) // waits for connections of either
+	goodbye.Wait()
 	if err != nil {
-		err = errors.Join(err, s.http.Close())
+		err = errors.Join(err, s.http2.Close(), s.http.Close())
 		s.awaitCut()
 	}
 	s.listener.Close() // also when Serve never ran
@@ -241,8 +254,8 @@ func (s *Server) carry(h http.Handler) http.Handler {
 			return
 		}
 		c.call(r)
-		if c.http2.Load() {
-			defer c.flood.ended(r, time.Now())
+		if c.http2 != nil {
+			defer c.http2.flood.ended(r, time.Now())
 		}
 		if s.draining.Load() {
 			w.Header().Set("Connection", "close")
