@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/partnerguard/partnerguard/internal/config"
 	"github.com/partnerguard/partnerguard/telemetry"
 	"github.com/partnerguard/partnerguard/telemetry/ledger"
 	"github.com/partnerguard/partnerguard/telemetry/reconcile"
@@ -148,12 +147,9 @@ func forget(c *cobra.Command, e environment, args []string) error {
 
 // fleetURL is that of the fleet's database; empty when there is none.
 func fleetURL(c *cobra.Command, e environment, dir string) (string, error) {
-	var cfg *config.Config
-	if file, _ := c.Flags().GetString("config"); file != "" {
-		var err error
-		if cfg, err = configuration(c); err != nil {
-			return "", err
-		}
+	cfg, err := givenConfiguration(c)
+	if err != nil {
+		return "", err
 	}
 	at, err := storeAt(c, e, dir, cfg)
 	if err != nil {
@@ -206,14 +202,15 @@ func (f *forgetting) add(names []ledger.Identity) {
 }
 
 // about reports whether a user that a result names is one of f's: by name, for that
-// is all that some of Microsoft's rows have, or by object id.
+// is all that some of Microsoft's rows have, by object id, or by the user_ref that
+// stands in its place.
 func (f *forgetting) about(all bool) func(upn, objectID string) bool {
 	if all {
 		return func(string, string) bool { return true }
 	}
 	who := map[string]bool{strings.ToLower(f.User): true}
 	for _, u := range f.Users {
-		who[strings.ToLower(u.ObjectID)] = true
+		who[strings.ToLower(u.ObjectID)], who[strings.ToLower(u.UserRef)] = true, true
 		for _, n := range u.UPNs {
 			who[strings.ToLower(n)] = true
 		}

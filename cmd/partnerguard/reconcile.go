@@ -49,7 +49,8 @@ Without network, --from reads answers that were saved.
 A guard may be running meanwhile, and can do the same by itself on a schedule (reconcile
 in the configuration). Calls through another guard, with a data directory of its own,
 count as direct here. The result is kept in the data directory, and partnerguard report
-shows it beside the guard's own records. The exit code is 3 when there are findings.`,
+shows it beside the guard's own records; without names where the guard keeps none
+(ledger.identities: pseudonymous). The exit code is 3 when there are findings.`,
 		Example: `  partnerguard reconcile --token-command 'az account get-access-token --resource https://api.partnercenter.microsoft.com'
   partnerguard reconcile -c guard.yaml --token-file token.txt --format json
   partnerguard reconcile --from downloads/`,
@@ -121,6 +122,13 @@ func runReconcile(c *cobra.Command, e environment) error {
 		return err
 	}
 	defer rc.Store.Close()
+	given, err := givenConfiguration(c)
+	if err != nil {
+		return err
+	}
+	if rc.UserRef, err = userRefs(c.Context(), dir, given, rc.Store); err != nil {
+		return err
+	}
 	result, err := reconcile.Run(c.Context(), rc)
 	if err != nil {
 		var f *failure

@@ -74,11 +74,12 @@ func otherAddress(t *testing.T) *http.Client {
 }
 
 // makeMixedTraffic makes calls as an estate on its way to the guard does, and returns
-// the data directory and the direct callers, as findings name them.
-func makeMixedTraffic(t *testing.T, em *emulator.Emulator) (m *mixedTraffic, dir string, want []string) {
+// the data directory and the direct callers, as findings name them. more is for the
+// guard's configuration.
+func makeMixedTraffic(t *testing.T, em *emulator.Emulator, more ...string) (m *mixedTraffic, dir string, want []string) {
 	dir = t.TempDir()
 	m = &mixedTraffic{t: t, em: em, canaries: &canaries{t, map[string]string{}}, direct: otherAddress(t)}
-	m.g = startGuard(t, dir, guardYAML(em, "audit"))
+	m.g = startGuard(t, dir, guardYAML(em, "audit", more...))
 	token := func(app string) string { return m.canaries.token("token of "+app, sampleToken(t, em, app)) }
 	compliant, password, appOnly, opaque := token(emulator.AppCompliant), token(emulator.AppPassword), token(emulator.AppOnly), token(emulator.AppOpaque)
 	foreign := m.canaries.token("token of a stranger", em.Mint(emulator.TokenSpec{AppID: strangerApp, UPN: "old-tool@contoso-partner.example", AMR: []string{"pwd"}}))

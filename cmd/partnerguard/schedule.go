@@ -161,8 +161,12 @@ func (d *daemon) runReconcile(ctx context.Context, cfg *config.Config) (*reconci
 		return nil, err
 	}
 	defer records.Close()
+	refs, err := userRefs(ctx, d.dir, cfg, records)
+	if err != nil {
+		return nil, err
+	}
 	rc := reconcile.Config{
-		Dir: d.dir, Store: records, URL: cfg.Upstreams[config.PartnerCenter].URL, Transport: upstream,
+		Dir: d.dir, Store: records, UserRef: refs, URL: cfg.Upstreams[config.PartnerCenter].URL, Transport: upstream,
 		Integrations: integrationsOf(cfg), Delay: noDelay(cfg.Reconcile.Delay),
 		Waiting: func(pause time.Duration, why string) {
 			d.log.Info("reconcile waits", "why", why, "pause", pause.Round(time.Second).String())

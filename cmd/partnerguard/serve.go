@@ -100,6 +100,14 @@ func scheme(secure bool) string {
 	return "http"
 }
 
+// givenConfiguration is the configuration if there is a file, else nil.
+func givenConfiguration(c *cobra.Command) (*config.Config, error) {
+	if file, _ := c.Flags().GetString("config"); file == "" {
+		return nil, nil
+	}
+	return configuration(c)
+}
+
 // configuration is the file's, or the default, changed by the flags.
 func configuration(c *cobra.Command) (*config.Config, error) {
 	cfg := config.Default()

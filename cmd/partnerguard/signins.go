@@ -34,8 +34,9 @@ of their own), or JSON or CSV of the Entra admin center in English, also compres
 gzip; - is the standard input. Export non-interactive sign-ins as well: refreshes of
 stored tokens are among these. Rows that cannot be understood are named and left out.
 
-The result is kept in the data directory. The exit code is 3 when there is anything to
-mend, and 1 when an incomplete export shows nothing.`,
+The result is kept in the data directory, without names where the guard keeps none
+(ledger.identities: pseudonymous). The exit code is 3 when there is anything to mend,
+and 1 when an incomplete export shows nothing.`,
 		Example: `  partnerguard signins InteractiveSignIns.json NonInteractiveSignIns.csv
   zcat signins-*.json.gz | partnerguard signins --since 30d -`,
 		RunE: func(c *cobra.Command, files []string) error { return signIns(c, e, files) },
@@ -73,6 +74,13 @@ func signIns(c *cobra.Command, e environment, files []string) error {
 		return err
 	}
 	defer r.Close()
+	given, err := givenConfiguration(c)
+	if err != nil {
+		return err
+	}
+	if cfg.UserRef, err = userRefs(c.Context(), dir, given, r); err != nil {
+		return err
+	}
 	var lag strings.Builder
 	tellLag(c.Context(), &lag, r)
 	cfg.Records = r

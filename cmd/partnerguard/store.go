@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/partnerguard/partnerguard/internal/config"
@@ -45,12 +46,9 @@ func storeAt(c *cobra.Command, e environment, dir string, cfg *config.Config) (s
 
 // storeOf opens the store that c reads.
 func storeOf(c *cobra.Command, e environment, dir string) (store.Reader, error) {
-	var cfg *config.Config
-	if file, _ := c.Flags().GetString("config"); file != "" {
-		var err error
-		if cfg, err = configuration(c); err != nil {
-			return nil, err
-		}
+	cfg, err := givenConfiguration(c)
+	if err != nil {
+		return nil, err
 	}
 	at, err := storeAt(c, e, dir, cfg)
 	if err != nil {
@@ -110,6 +108,30 @@ func openStore(ctx context.Context, at storePlace) (r store.Reader, err error) {
 		return r, nil
 	}
 	return nil, failed(err, cmp.Or(hintIn(err), hint))
+}
+
+// userRefs gives reconcile and signins the user_refs of users whose names must not be
+// kept; nil where they may. cfg says which. It is nil when nobody gave one: then verified
+// users of whom none has a name show that the guard in dir keeps none.
+func userRefs(ctx context.Context, dir string, cfg *config.Config, records store.Reader) (func(tenantID, objectID string) string, error) {
+	if cfg != nil && cfg.Ledger.Identities != config.PseudonymousIdentities {
+		return nil, nil
+	}
+	if cfg == nil {
+		named, err := records.Identities(ctx)
+		if err != nil || len(named) > 0 {
+			return nil, err
+		}
+		callers, err := records.Callers(ctx, time.Time{}, time.Time{})
+		if err != nil || !slices.ContainsFunc(callers, func(c store.Caller) bool { return c.Verified && c.UserRef != "" }) {
+			return nil, err
+		}
+	}
+	refs, err := ledger.UserRefs(dir)
+	if err != nil {
+		return nil, failed(err, "give --data-dir of the guard: without its key, users who have no names cannot be told apart")
+	}
+	return refs, nil
 }
 
 // tellLag says on w when calls are missing in the store that the ledgers have.

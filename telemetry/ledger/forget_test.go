@@ -1,7 +1,9 @@
 package ledger
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -213,4 +215,48 @@ func TestPseudonymousNamesNobody(t *testing.T) {
 		t.Errorf("plain, the user is %q instead of %q", got, ref)
 	}
 	mustClose(t, l)
+}
+
+func TestUserRefsAreThoseOfTheRecords(t *testing.T) {
+	const tid, oid = "1b2c3d4e-0a1b-4c2d-8e3f-901234567890", "5f0e6c7a-2222-4d3b-9a55-0c1d2e3f4a5b"
+	dir := t.TempDir()
+	if _, err := UserRefs(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without a key: %v", err)
+	}
+	key := filepath.Join(dir, identitiesKey)
+	if _, err := os.Stat(key); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it made one: %v", err)
+	}
+	if err := os.WriteFile(key, []byte("short"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := UserRefs(dir); err == nil || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("with half a key: %v", err)
+	}
+	if err := os.WriteFile(key, []byte("0123456789abcdef0123456789abcdef"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refs, err := UserRefs(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := mustOpen(t, Config{Dir: dir, Pseudonymous: true})
+	defer mustClose(t, l)
+	for _, tt := range []struct{ name, tid, oid, want string }{
+		// printf '%s\0%s' TID OID | openssl dgst -sha256 -hmac KEY -binary | head -c 16 | basenc --base64url
+		{"as a token says it", tid, oid, "txSADqd8y0qyQTGMJalkXA"},
+		{"in capitals", strings.ToUpper(tid), strings.ToUpper(oid), "txSADqd8y0qyQTGMJalkXA"},
+		{"of another tenant", oid, oid, ""},
+		{"tenant and id exchanged", oid, tid, ""},
+		{"no tenant", "", tid + "\x00" + oid, ""},
+	} {
+		got := refs(tt.tid, tt.oid)
+		if !IsUserRef(got) || tt.want != "" && got != tt.want || tt.want == "" && got == refs(tid, oid) {
+			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+		rec := l.UserRef(&policy.Token{TenantID: strings.ToLower(tt.tid), ObjectID: strings.ToLower(tt.oid)})
+		if rec != got {
+			t.Errorf("%s: records have %q, UserRefs %q", tt.name, rec, got)
+		}
+	}
 }

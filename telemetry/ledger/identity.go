@@ -136,16 +136,11 @@ func (ids *identities) open(dir string) error {
 	return eachIdentity(dir, func(id Identity) { ids.known[hashOf(id)] = struct{}{} })
 }
 
+// identityKey reads the key, or makes it.
 func identityKey(name string) ([]byte, error) {
-	key, err := os.ReadFile(name)
-	if err == nil && len(key) != sha256.Size {
-		err = fmt.Errorf("%s has %d bytes instead of %d", name, len(key), sha256.Size)
-	}
-	if err == nil || !errors.Is(err, fs.ErrNotExist) {
-		if err != nil {
-			return nil, fmt.Errorf("read key of identities: %w", err)
-		}
-		return key, nil
+	key, err := readIdentityKey(name)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return key, err
 	}
 	key = make([]byte, sha256.Size)
 	rand.Read(key)
@@ -153,6 +148,38 @@ func identityKey(name string) ([]byte, error) {
 		return nil, fmt.Errorf("make key of identities: %w", err)
 	}
 	return key, nil
+}
+
+func readIdentityKey(name string) ([]byte, error) {
+	key, err := os.ReadFile(name)
+	if err == nil && len(key) != sha256.Size {
+		err = fmt.Errorf("%s has %d bytes instead of %d", name, len(key), sha256.Size)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read key of identities: %w", err)
+	}
+	return key, nil
+}
+
+// UserRefs returns the function that gives the user_ref that the records in the data
+// directory dir have of a user, by tenant and object id in any case. The error wraps
+// fs.ErrNotExist when there is no identities.key: it is not made.
+func UserRefs(dir string) (func(tenantID, objectID string) string, error) {
+	key, err := readIdentityKey(filepath.Join(dir, identitiesKey))
+	if err != nil {
+		return nil, err
+	}
+	return func(tid, oid string) string {
+		return userRef(key, strings.ToLower(tid), strings.ToLower(oid)) // as policy.Token has them
+	}, nil
+}
+
+func userRef(key []byte, tid, oid string) string {
+	mac := hmac.New(sha256.New, key)
+	io.WriteString(mac, tid)
+	mac.Write([]byte{0})
+	io.WriteString(mac, oid)
+	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil)[:userRefBytes])
 }
 
 // replaceFile puts data under name, 0600, so that after a crash there is either
@@ -189,11 +216,7 @@ func (ids *identities) ref(t *policy.Token, now func() time.Time) (string, error
 		return ref, nil
 	}
 
-	mac := hmac.New(sha256.New, ids.key)
-	io.WriteString(mac, u.tid)
-	mac.Write([]byte{0})
-	io.WriteString(mac, u.oid)
-	ref = base64.RawURLEncoding.EncodeToString(mac.Sum(nil)[:userRefBytes])
+	ref = userRef(ids.key, u.tid, u.oid)
 	// Cloned: a claim may be part of a whole token.
 	u.tid, u.oid, u.upn = strings.Clone(u.tid), strings.Clone(u.oid), strings.Clone(u.upn)
 	if u.verified && !ids.pseudonymous {

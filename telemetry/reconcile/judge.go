@@ -28,7 +28,7 @@ type judge struct {
 
 func (j *judge) run(ctx context.Context) error {
 	j.result = &Result{
-		Taken: j.ms.taken, Source: cleanText(j.ms.source),
+		Taken: j.ms.taken, Source: cleanText(j.ms.source), Pseudonymous: j.ours.refs != nil,
 		Findings: []Finding{}, Integrations: []Integration{}, Applications: []Application{},
 	}
 	for a := range j.ms.apis {
@@ -75,7 +75,11 @@ func (j *judge) window(a api, raw int) Window {
 // readRequests makes the rows of partnerRequests into requests.
 func (j *judge) readRequests() {
 	for i := range j.ms.apis[requestsAPI].rows {
-		j.requests = append(j.requests, newListed(&j.ms.apis[requestsAPI].rows[i]))
+		r := newListed(&j.ms.apis[requestsAPI].rows[i])
+		if j.ours.refs == nil {
+			r.object = strings.ToLower(r.object) // it is no user_ref
+		}
+		j.requests = append(j.requests, r)
 	}
 	slices.SortStableFunc(j.requests, func(a, b *listed) int { return a.at.Compare(b.at) })
 	j.own = map[string]bool{}
@@ -86,7 +90,10 @@ func (j *judge) readRequests() {
 
 // findCalls finds our calls among the requests.
 func (j *judge) findCalls(ctx context.Context) error {
-	j.match = &matcher{cfg: j.cfg, identities: j.ours.identities, tenants: map[string]bool{}, own: j.own}
+	j.match = &matcher{cfg: j.cfg, objectOf: j.ours.objectOf, tenants: map[string]bool{}, own: j.own}
+	if j.ours.fleet {
+		j.match.objectOf = func(string) string { return "" } // it may be another guard's reference
+	}
 	for _, r := range j.requests {
 		if r.tenant != "" {
 			j.match.tenants[r.tenant] = true
@@ -269,6 +276,9 @@ func (j *judge) finish() {
 	if n := res.Requests.Outside; n > 0 {
 		j.note(fmt.Sprintf("%s outside the time of our records, or before --since, were not judged.", upper(requests(n))))
 	}
+	if j.ours.fleet {
+		j.note(fleetNote)
+	}
 	if len(j.match.tenants) > 1 {
 		j.note("Microsoft's records name several tenants: " + strings.Join(slices.Sorted(maps.Keys(j.match.tenants)), ", ") + ".")
 	}
@@ -302,6 +312,9 @@ func (j *judge) keep() error {
 		}
 	}
 	k.Own = k.Own[max(0, len(k.Own)-maxOwn):]
+	if j.result.Pseudonymous {
+		k.Result = j.result.withoutNames()
+	}
 	return k.write(j.cfg.Dir)
 }
 

@@ -57,7 +57,8 @@ func replaceKeptFile(dir, name string, v any) error {
 // dir: findings and strangers that are about one go whole, elsewhere the name goes. It
 // returns the names of the files that it changed, also with an error: one file may be
 // damaged, which leaves its content as it is, and the other not. Either argument of
-// match may be empty. What Microsoft still lists comes back with the next run.
+// match may be empty; objectID is a user_ref where the result is pseudonymous. What
+// Microsoft still lists comes back with the next run.
 func Forget(dir string, match func(userPrincipalName, objectID string) bool) (changed []string, err error) {
 	var errs []error
 	did := func(name string, is bool, err error) {

@@ -20,7 +20,7 @@ type listed struct {
 	operation                string
 	at                       time.Time // by our clock, as far as the difference is known
 	source                   string
-	app, object, tenant, upn string
+	app, object, tenant, upn string // object is a user_ref where users are pseudonymous
 	compliant                apiFlag
 
 	call         *ourCall // the call that it is, if we have it
@@ -32,7 +32,7 @@ func newListed(r *apiRow) *listed {
 	l := &listed{
 		id: strings.ToLower(string(r.RequestID)), operation: string(r.Operation), at: r.RequestTime.Time,
 		source: string(cmp.Or(r.SourceAddress, r.Address)), app: strings.ToLower(string(r.AppID)),
-		object: strings.ToLower(string(r.ObjectID)), tenant: strings.ToLower(string(r.TenantID)), upn: string(r.UPN), compliant: r.Compliant,
+		object: string(r.ObjectID), tenant: strings.ToLower(string(r.TenantID)), upn: string(r.UPN), compliant: r.Compliant,
 	}
 	// Get /v{version}/customers/{customer_id}/subscriptions?order_id={order_id_value}
 	method, target, _ := strings.Cut(l.operation, " ")
@@ -87,9 +87,9 @@ const (
 
 // matcher finds our calls among Microsoft's requests.
 type matcher struct {
-	cfg        *Config
-	identities map[string]store.Identity
-	requests   []*listed // by time
+	cfg      *Config
+	objectOf func(ref string) string // the object id of a call's user, empty when that is not known
+	requests []*listed               // by time
 	// missFrom and missUntil are the time in which Microsoft should list our calls;
 	// tenants, if any, are whose.
 	missFrom, missUntil time.Time
@@ -361,7 +361,7 @@ func (m *matcher) pair(requests []*listed, calls []*ourCall, within time.Duratio
 
 // fits reports whether r can be c at all: what both know must be the same.
 func (m *matcher) fits(r *listed, c *ourCall) bool {
-	object := m.identities[c.ref].ObjectID
+	object := m.objectOf(c.ref)
 	return (r.app == "" || c.app == "" || r.app == c.app) &&
 		(r.object == "" || object == "" || strings.EqualFold(r.object, object)) &&
 		(r.method == "" || r.method == c.method || r.method == "GET" && c.method == "HEAD")

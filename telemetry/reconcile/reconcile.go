@@ -25,6 +25,9 @@ type Result struct {
 	Source string    `json:"source"` // the base URL, or the file or directory
 	// Clear says that all was looked at and nothing found.
 	Clear bool `json:"clear"`
+	// Pseudonymous says that each ObjectID is a user_ref, and "upn:" with a hash where
+	// Microsoft does not say the id; what is kept has no User then.
+	Pseudonymous bool `json:"pseudonymous,omitempty"`
 	// Complete says that no window lacks a part. Otherwise what is not found here may
 	// be there all the same.
 	Complete bool `json:"complete"`
@@ -230,6 +233,9 @@ type Config struct {
 	// Integrations are those of the configuration; the owner given there counts, and an
 	// app whose calls never came by is theirs when they name it.
 	Integrations []report.Integration
+	// UserRef, if not nil, is the user_ref of a user. By that users are known then, and
+	// nothing else about them is kept, or stands in an error of Microsoft's.
+	UserRef func(tenantID, objectID string) string
 	// Now is the clock. Nil is time.Now.
 	Now func() time.Time
 }
@@ -262,6 +268,9 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	} else {
 		ms, err = fetch(ctx, &cfg)
 	}
+	if err != nil && cfg.UserRef != nil {
+		err = hiddenError{err}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -269,6 +278,9 @@ func Run(ctx context.Context, cfg Config) (*Result, error) {
 	ours, err := readOurs(ctx, &cfg)
 	if err != nil {
 		return nil, err
+	}
+	if cfg.UserRef != nil {
+		ours.identities = ms.refer(ours.refs)
 	}
 	j := &judge{cfg: &cfg, ms: ms, ours: ours, last: last}
 	if err := j.run(ctx); err != nil {
@@ -302,13 +314,16 @@ func (cfg *Config) complete() error {
 // ours is what our records say as a whole.
 type ours struct {
 	identities map[string]store.Identity
+	objectOf   func(ref string) string // what Microsoft's rows have as object id of a user
+	refs       *pseudonyms             // nil where users have names
+	fleet      bool                    // other guards' user_refs are among them
 	// first is the time of the first call on record, zero when there is none; until is
 	// up to when every call is in the store.
 	first, until time.Time
 	lag          time.Duration
 	sums         []store.Sum
 	apps         map[string][]*store.Sum // by app, in lower case
-	users        map[string][]*store.Sum // by object id, in lower case
+	users        map[string][]*store.Sum // by objectOf, in lower case
 	verdicts     map[string]report.Group // by integration
 	configured   map[string][]string     // integrations by app, in lower case
 }
@@ -327,6 +342,15 @@ func readOurs(ctx context.Context, cfg *Config) (*ours, error) {
 	}
 	if o.identities, err = cfg.Store.Identities(ctx); err != nil {
 		return nil, err
+	}
+	o.objectOf = func(ref string) string { return o.identities[ref].ObjectID }
+	if cfg.UserRef != nil {
+		guards, err := cfg.Store.Instances(ctx)
+		if err != nil {
+			return nil, err
+		}
+		o.refs, o.fleet = newPseudonyms(cfg.UserRef), len(guards) > 1
+		o.objectOf = func(ref string) string { return ref }
 	}
 	if o.sums, err = cfg.Store.Sums(ctx, time.Time{}, time.Time{}); err != nil {
 		return nil, err
@@ -349,7 +373,10 @@ func readOurs(ctx context.Context, cfg *Config) (*ours, error) {
 		if s.AppID != "" {
 			o.apps[strings.ToLower(s.AppID)] = append(o.apps[strings.ToLower(s.AppID)], s)
 		}
-		if object := strings.ToLower(o.identities[s.UserRef].ObjectID); object != "" {
+		if o.refs != nil {
+			o.refs.add(&s.Dim)
+		}
+		if object := strings.ToLower(o.objectOf(s.UserRef)); object != "" {
 			o.users[object] = append(o.users[object], s)
 		}
 	}

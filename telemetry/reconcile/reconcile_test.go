@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -126,6 +127,7 @@ func (r msRow) weak() msRow               { r.Compliant = false; return r }
 func (r msRow) strong() msRow             { r.Compliant = true; return r }
 func (r msRow) app(id string) msRow       { r.AppID = id; return r }
 func (r msRow) user(id, upn string) msRow { r.ObjectID, r.UPN = id, upn; return r }
+func (r msRow) of(tenant string) msRow    { r.TenantID = tenant; return r }
 func (r msRow) operation(op string) msRow { r.Operation = op; return r }
 func (r msRow) later(d time.Duration) msRow {
 	t, _ := time.Parse("2006-01-02T15:04:05", r.Time)
@@ -224,6 +226,7 @@ func reconciled(t *testing.T, calls []guarded, ms says, change ...func(*Config))
 	for _, c := range change {
 		c(&cfg)
 	}
+	_, before := readKept(dir)
 	res, err := Run(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -232,7 +235,54 @@ func reconciled(t *testing.T, calls []guarded, ms says, change ...func(*Config))
 	if sum := q.Listed + q.Direct + q.Own + q.Outside + q.Undecided; sum != q.Rows {
 		t.Errorf("the parts of %+v come to %d", q, sum)
 	}
+	if errors.Is(before, ErrNoResult) {
+		sameWithoutNames(t, cfg, dir, res)
+	}
 	return res
+}
+
+// sameWithoutNames runs cfg once more, by the user_refs of dir: all is found as it is by
+// name, and what is kept names nobody.
+func sameWithoutNames(t *testing.T, cfg Config, dir string, want *Result) {
+	t.Helper()
+	refs, err := ledger.UserRefs(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	objects := map[string]string{}
+	cfg.Dir, cfg.UserRef = t.TempDir(), func(tid, oid string) string {
+		ref := refs(tid, oid)
+		objects[ref] = strings.ToLower(oid)
+		return ref
+	}
+	got, err := Run(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Equals are in the order of what users are known by.
+	plain := func(r Result) Result {
+		r.Pseudonymous, r.Findings = false, slices.Clone(r.Findings)
+		for i := range r.Findings {
+			f := &r.Findings[i]
+			if object, is := objects[f.ObjectID]; is {
+				f.Text, f.ObjectID = strings.ReplaceAll(f.Text, f.ObjectID, object), object
+			}
+		}
+		slices.SortFunc(r.Findings, func(a, b Finding) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+		return r
+	}
+	if diff := gocmp.Diff(plain(*want), plain(*got)); diff != "" || !got.Pseudonymous {
+		t.Errorf("by user_ref (-by name +got):\n%s", diff)
+	}
+	kept, err := os.ReadFile(filepath.Join(cfg.Dir, resultFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, who := range []string{sam, kim, "sam@", "kim@", `"user":`} {
+		if strings.Contains(strings.ToLower(string(kept)), who) {
+			t.Errorf("kept is %s: %s", who, kept)
+		}
+	}
 }
 
 // brief is a finding in a line, for comparison.
@@ -284,6 +334,9 @@ func TestRequestsAgainstCalls(t *testing.T) {
 		{name: "a call whose client hung up", calls: []guarded{one.failing("client_canceled")}, rows: []msRow{rowOf(one)}, listed: 1},
 		{name: "an opaque token, of which Microsoft knows more", calls: []guarded{one.opaque()}, rows: []msRow{rowOf(one)}, listed: 1},
 		{name: "clocks that differ by four minutes", calls: []guarded{one}, rows: []msRow{rowOf(one).later(4 * time.Minute)}, listed: 1},
+		{name: "a user and tenant in capitals", calls: []guarded{one}, rows: []msRow{rowOf(one).user(strings.ToUpper(sam), "").of(strings.ToUpper(tenantID))}, listed: 1},
+		{name: "no tenant", calls: []guarded{one}, rows: []msRow{rowOf(one).of("")}, listed: 1},
+		{name: "another tenant, as the user's home", calls: []guarded{one}, rows: []msRow{rowOf(one).of("2c3d4e5f-1b2c-4d3e-9f40-012345678901")}, listed: 1},
 		{name: "a request that net/http sent twice", calls: []guarded{one.repeated(1)}, rows: []msRow{rowOf(one), rowOf(one).later(time.Second)}, listed: 2},
 
 		{name: "a direct caller of an app that we know", calls: []guarded{one}, rows: []msRow{rowOf(one), rowOf(one).id("d").from(attic).weak()},
@@ -297,6 +350,8 @@ func TestRequestsAgainstCalls(t *testing.T) {
 		{name: "direct callers are told apart by app, user and address", calls: []guarded{one},
 			rows: []msRow{rowOf(one), rowOf(one).id("a").app(stranger).weak(), rowOf(one).id("b").app(stranger).weak().from(attic), rowOf(one).id("c").app(stranger).user(kim, "kim").from(attic), rowOf(one).id("d").app(stranger).weak().from(attic)},
 			want: []string{"high direct_calls stranger sam attic ×2", "high direct_calls stranger sam office ×1", "medium direct_calls stranger kim attic ×1"}, listed: 1},
+		{name: "a direct caller in small letters and in capitals", calls: []guarded{one}, rows: []msRow{rowOf(one), rowOf(one).id("d").from(attic), rowOf(one).id("e").from(attic).user(strings.ToUpper(sam), "")},
+			want: []string{"medium direct_calls billing sam attic ×2"}, listed: 1},
 		{name: "who reads the Security APIs is told, quietly", calls: []guarded{one}, rows: []msRow{rowOf(one), rowOf(one).id("d").from(attic).operation("Get /v{version}/partnerRequests")},
 			want: []string{"low direct_calls billing sam attic ×1"}, listed: 1},
 

@@ -18,7 +18,9 @@ type SignIns struct {
 	Since   time.Time    `json:"since,omitzero"` // of the oldest row
 	Until   time.Time    `json:"until,omitzero"` // of the latest row
 	Rows    SignInRows   `json:"rows"`
-	Skipped []SkippedRow `json:"skipped,omitempty"` // the first 10
+	// Pseudonymous says that each UserID is a user_ref; what is kept has no User then.
+	Pseudonymous bool         `json:"pseudonymous,omitempty"`
+	Skipped      []SkippedRow `json:"skipped,omitempty"` // the first 10
 	// Incomplete says that the export lacks a part. Then nothing that is missing here
 	// is known not to be.
 	Incomplete bool `json:"incomplete"`
@@ -134,6 +136,7 @@ type CallRecords interface {
 	Tokens(ctx context.Context, since, until time.Time, yield func(store.Token) error) error
 	Sums(ctx context.Context, since, until time.Time) ([]store.Sum, error)
 	Identities(ctx context.Context) (map[string]store.Identity, error)
+	Instances(ctx context.Context) ([]store.Instance, error)
 }
 
 // SignInConfig says what to compare.
@@ -144,6 +147,9 @@ type SignInConfig struct {
 	// sign-ins no longer.
 	Since time.Time
 	Now   time.Time // required
+	// UserRef, if not nil, is the user_ref of a user. By that users are known then, and
+	// SaveSignIns keeps nothing else about them.
+	UserRef func(tenantID, objectID string) string
 	// Progress, if not nil, is told now and then how far the work is, by the goroutine
 	// that called ReadSignIns.
 	Progress func(SignInProgress)

@@ -15,8 +15,12 @@ const signInsFile = "signins.json"
 const signInsVersion = 1
 
 // SaveSignIns keeps s in the data directory dir, in place of what was there, whole or
-// not at all. Only the owner may read it: it holds names of users and addresses.
+// not at all, and without names where they are pseudonymous. Only the owner may read
+// it: it holds names of users and addresses.
 func SaveSignIns(dir string, s *SignIns) error {
+	if s.Pseudonymous {
+		s = s.withoutNames()
+	}
 	if err := replaceKeptFile(dir, signInsFile, s); err != nil {
 		return fmt.Errorf("keep sign-ins: %w", err)
 	}

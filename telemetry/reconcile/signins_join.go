@@ -3,6 +3,7 @@ package reconcile
 import (
 	"cmp"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,8 @@ type signInJoin struct {
 	cfg        SignInConfig
 	out        SignIns
 	identities map[string]store.Identity
+	refs       *pseudonyms // nil where users have names
+	fleet      bool        // other guards' user_refs are among ours
 	causes     map[string]policy.Cause
 	texts      map[string]string // one string for equal ones
 
@@ -132,8 +135,8 @@ func newJoin(cfg SignInConfig) *signInJoin {
 	if cfg.Since.IsZero() {
 		cfg.Since = cfg.Now.Add(-30 * 24 * time.Hour)
 	}
-	return &signInJoin{
-		cfg: cfg, out: SignIns{Version: signInsVersion, Made: cfg.Now.UTC().Truncate(time.Second)},
+	j := &signInJoin{
+		cfg: cfg, out: SignIns{Version: signInsVersion, Made: cfg.Now.UTC().Truncate(time.Second), Pseudonymous: cfg.UserRef != nil},
 		causes: signInCauses(), texts: map[string]string{},
 		callers: map[signer]*signInCaller{}, apps: map[uuid.UUID]bool{}, users: map[uuid.UUID]bool{}, unnamed: map[string]bool{},
 		byGroup: map[tokenGroupKey]uint32{}, byToken: map[tokenKey]uint32{}, of: map[signer][]uint32{}, nearby: map[string]*shown{},
@@ -142,13 +145,40 @@ func newJoin(cfg SignInConfig) *signInJoin {
 		partnerCenter: [2]uuid.UUID{uuid.MustParse("fa3d9a0c-3fb0-42cc-9193-47c7ecd2edbd"), uuid.MustParse("4990cffe-04e8-4e8b-808a-1175604b879f")},
 		strangers:     map[signer]*strangerTally{}, appOnly: map[uuid.UUID]bool{}, failing: map[signer]bool{}, words: map[Evidence]int64{},
 	}
+	if cfg.UserRef != nil {
+		j.refs = newPseudonyms(cfg.UserRef)
+	}
+	return j
+}
+
+// hide is hide where users are pseudonymous.
+func (j *signInJoin) hide(text string) string {
+	if j.refs == nil {
+		return text
+	}
+	return hide(text)
+}
+
+// userID is how the result names p's user.
+func (j *signInJoin) userID(p signer) string {
+	switch {
+	case p.user == uuid.Nil:
+		return ""
+	case j.refs == nil:
+		return p.user.String()
+	}
+	return base64.RawURLEncoding.EncodeToString(p.user[:])
 }
 
 // principalOf is who made calls with app and ref; known is false when the user is
 // nobody the identities know.
 func (j *signInJoin) principalOf(app, ref string) (p signer, known bool) {
 	p.app, _ = guid([]byte(app))
-	if ref == "" {
+	switch {
+	case ref == "":
+		return p, true
+	case j.refs != nil:
+		p.user = uuid.UUID(keyOf([]byte(ref))) // its 16 bytes stand for the object id
 		return p, true
 	}
 	id, ok := j.identities[ref]
@@ -166,6 +196,13 @@ func (j *signInJoin) readCallers(ctx context.Context) error {
 	if j.identities, err = j.cfg.Records.Identities(ctx); err != nil {
 		return err
 	}
+	if j.refs != nil {
+		guards, err := j.cfg.Records.Instances(ctx)
+		if err != nil {
+			return err
+		}
+		j.identities, j.fleet = nil, len(guards) > 1
+	}
 	step := time.Hour
 	for since := j.cfg.Since.Truncate(time.Hour); since.Before(j.cfg.Now); {
 		sums, err := j.cfg.Records.Sums(ctx, since, since.Add(step))
@@ -175,6 +212,9 @@ func (j *signInJoin) readCallers(ctx context.Context) error {
 		for _, s := range sums {
 			if s.Integration == "" {
 				continue
+			}
+			if j.refs != nil {
+				j.refs.add(&s.Dim)
 			}
 			// What only an unverified token claims says nothing about who called.
 			if s.Verified && s.AppID != "" {
@@ -321,6 +361,7 @@ func (j *signInJoin) readInput(ctx context.Context, in SignInInput) error {
 		return fmt.Errorf("read sign-ins: %w", err)
 	}
 	defer f.Close()
+	name := j.hide(in.Name)
 	counted := &countingReader{in: f}
 	all, format, stop, err := openRows(in.Name, counted)
 	if err != nil {
@@ -363,10 +404,11 @@ func (j *signInJoin) readInput(ctx context.Context, in SignInInput) error {
 		if first == nil {
 			first = bad
 		}
-		j.skip(in.Name, n, bad)
+		bad.reason = j.hide(bad.reason)
+		j.skip(name, n, bad)
 		if bad.last {
 			j.out.Incomplete = true
-			j.note(fmt.Sprintf("%s: %s (row %d, line %d). What came before it counts; fetch the file again for the rest.", in.Name, bad.reason, n, bad.line))
+			j.note(fmt.Sprintf("%s: %s (row %d, line %d). What came before it counts; fetch the file again for the rest.", name, bad.reason, n, bad.line))
 		}
 		if good == 0 && n == 1000 {
 			break
@@ -383,7 +425,7 @@ func (j *signInJoin) readInput(ctx context.Context, in SignInInput) error {
 		j.pages += js.pages
 		j.nexts += js.nexts
 	}
-	j.out.Files = append(j.out.Files, SignInFile{in.Name, format, n})
+	j.out.Files = append(j.out.Files, SignInFile{name, format, n})
 	return nil
 }
 
@@ -451,6 +493,9 @@ func (j *signInJoin) add(s *signIn) {
 	if !ours {
 		j.joinToken(s, joined, false)
 		return
+	}
+	if j.refs != nil && s.principal.user != uuid.Nil {
+		s.principal.user = uuid.UUID(keyOf([]byte(j.refs.of(string(s.text(fieldResourceTenant)), s.principal.user.String()))))
 	}
 	switch {
 	case saysWord(s.text(fieldInteractive), "true"):
@@ -532,7 +577,7 @@ func (j *signInJoin) wrongAudience(s *signIn) []proof {
 	}
 	ev := Evidence{"resourceId", j.text(s.text(fieldResource))}
 	if name := s.text(fieldResourceName); len(name) > 0 {
-		ev.Value += " (" + j.text(name) + ")"
+		ev.Value += " (" + j.hide(j.text(name)) + ")"
 	}
 	return []proof{{code, policy.Certain, []Evidence{ev}}}
 }
@@ -566,6 +611,13 @@ func (j *signInJoin) joinNear(s *signIn) {
 // keep returns one copy of what equal sign-ins show. Beyond some thousand different
 // ones it forgets the evidence, of which alone there can be so many.
 func (j *signInJoin) keep(ps []proof) *shown {
+	for _, p := range ps {
+		for i := range p.evidence {
+			if e := &p.evidence[i]; e.Field != graphNames[fieldHomeTenant] {
+				e.Value = j.hide(e.Value)
+			}
+		}
+	}
 	key := keyOfProofs(ps)
 	what := j.nearby[key]
 	if what == nil && len(j.nearby) >= maxShown {
@@ -681,7 +733,7 @@ func (j *signInJoin) addStranger(s *signIn) {
 			j.lost++
 			return
 		}
-		w = &strangerTally{app: j.text(s.text(fieldAppName)), user: j.text(s.text(fieldUPN)), first: s.at, last: s.at}
+		w = &strangerTally{app: j.hide(j.text(s.text(fieldAppName))), user: j.text(s.text(fieldUPN)), first: s.at, last: s.at}
 		j.strangers[s.principal] = w
 		delete(j.failing, s.principal)
 	}
@@ -693,7 +745,7 @@ func (j *signInJoin) addStranger(s *signIn) {
 		w.last = s.at
 	}
 	if ip := s.text(fieldIP); len(ip) > 0 && len(w.addresses) < maxAddresses && !slices.ContainsFunc(w.addresses, func(a string) bool { return a == string(ip) }) {
-		w.addresses = append(w.addresses, j.text(ip))
+		w.addresses = append(w.addresses, j.hide(j.text(ip)))
 	}
 	if s.multifactor() || !s.single() && !s.is(fieldProtocol, "ropc") {
 		return

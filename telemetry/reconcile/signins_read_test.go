@@ -560,3 +560,4 @@ func (f fixedTokens) Sums(_ context.Context, since, until time.Time) (sums []sto
 }
 
 func (fixedTokens) Identities(context.Context) (map[string]store.Identity, error) { return nil, nil }
+func (fixedTokens) Instances(context.Context) ([]store.Instance, error)           { return nil, nil }

@@ -75,7 +75,8 @@ func (j *signInJoin) integrations() {
 		for _, f := range c.failures {
 			if f.Last.After(c.succeeded) {
 				in := get(c.integration, c.owner, c.seen)
-				in.Failures = addFailure(in.Failures, f, p.shown())
+				f.Text = j.hide(f.Text)
+				in.Failures = addFailure(in.Failures, f, j.shown(p))
 			}
 		}
 	}
@@ -118,12 +119,8 @@ func (p signer) compare(q signer) int {
 	return cmp.Or(slices.Compare(p.app[:], q.app[:]), slices.Compare(p.user[:], q.user[:]))
 }
 
-func (p signer) shown() Principal {
-	out := Principal{AppID: p.app.String()}
-	if p.user != uuid.Nil {
-		out.UserID = p.user.String()
-	}
-	return out
+func (j *signInJoin) shown(p signer) Principal {
+	return Principal{AppID: p.app.String(), UserID: j.userID(p)}
 }
 
 // name adds the names of the users.
@@ -165,7 +162,7 @@ func (j *signInJoin) explain(groups []*tokenGroup) []SignInCause {
 			all = addProof(all, proof{t.code, t.confidence, t.evidence}, t.tokens, t.id, t.at)
 			all[slices.IndexFunc(all, func(a tally) bool { return a.code == t.code })].calls += g.calls
 			if g.principal.app != uuid.Nil && len(who[t.code]) < maxPrincipals {
-				who[t.code] = append(who[t.code], g.principal.shown())
+				who[t.code] = append(who[t.code], j.shown(g.principal))
 			}
 		}
 	}
@@ -218,7 +215,7 @@ func (j *signInJoin) addStrangers() {
 			continue
 		}
 		s := Stranger{
-			AppID: p.app.String(), App: w.app, UserID: p.user.String(), User: w.user, FirstParty: policy.FirstParty(p.app.String()),
+			AppID: p.app.String(), App: w.app, UserID: j.userID(p), User: w.user, FirstParty: policy.FirstParty(p.app.String()),
 			SignIns: w.signIns, SingleFactor: w.single, First: w.first, Last: w.last, Addresses: w.addresses, Causes: j.said(w.shown),
 		}
 		for i := range s.Causes {
@@ -276,6 +273,9 @@ func (j *signInJoin) addNotes() {
 	if n := len(j.unnamed); n > 0 && len(o.Strangers) > 0 {
 		j.note(fmt.Sprintf("%s of the records have no name any more: a stranger may be one of them.", countOf(int64(n), "user")))
 	}
+	if j.fleet {
+		j.note(fleetNote)
+	}
 	if j.lost > 0 {
 		j.note(fmt.Sprintf("More than %d strangers: %s of others were not looked at.", maxStrangers, countOf(j.lost, "sign-in")))
 	}
@@ -287,7 +287,7 @@ func (j *signInJoin) addNotes() {
 	}
 	var unknown []string
 	for e, n := range j.words {
-		unknown = append(unknown, fmt.Sprintf("%s=%s ×%d", e.Field, e.Value, n))
+		unknown = append(unknown, fmt.Sprintf("%s=%s ×%d", e.Field, j.hide(e.Value), n))
 	}
 	if slices.Sort(unknown); unknown != nil {
 		j.note("Values that this version does not know, and did not judge by: " + strings.Join(unknown, ", ") + ".")

@@ -3,6 +3,8 @@ package reconcile
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -192,7 +194,67 @@ func readSignIns(t testing.TB, r CallRecords, texts ...string) *SignIns {
 	if got := s.Rows.Kept + s.Rows.Dropped + s.Rows.Skipped; got != s.Rows.Read {
 		t.Errorf("%+v: %d of %d rows are accounted for", s.Rows, got, s.Rows.Read)
 	}
+	sameSignInsWithoutNames(t, r, s, texts...)
 	return s
+}
+
+// sameSignInsWithoutNames reads texts once more, by the user_refs of r: all is found as
+// it is by name, and what is kept names nobody.
+func sameSignInsWithoutNames(t testing.TB, r CallRecords, want *SignIns, texts ...string) {
+	t.Helper()
+	identities, err := r.Identities(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(identities) == 0 {
+		return
+	}
+	objects := map[string]string{}
+	ref := func(tid, oid string) string {
+		sum := sha256.Sum256([]byte(strings.ToLower(tid + oid)))
+		ref := base64.RawURLEncoding.EncodeToString(sum[:16])
+		for of, id := range identities {
+			if strings.EqualFold(id.TenantID, tid) && strings.EqualFold(id.ObjectID, oid) {
+				ref = of
+			}
+		}
+		objects[ref] = strings.ToLower(oid)
+		return ref
+	}
+	got, err := ReadSignIns(t.Context(), SignInConfig{Records: r, Inputs: signInTexts(texts...), Since: tokenTime.Add(-24 * time.Hour), Now: tokenTime.Add(24 * time.Hour), UserRef: ref})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := SaveSignIns(dir, got); err != nil {
+		t.Fatal(err)
+	}
+	kept, err := os.ReadFile(filepath.Join(dir, signInsFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, who := range []string{signInSam, signInKim, "sam@", "kim@", `"user":`} {
+		if strings.Contains(strings.ToLower(string(kept)), who) {
+			t.Errorf("kept is %s: %s", who, kept)
+		}
+	}
+	// The lines of each, but for the names: who passed the guard has none, and equals are
+	// in the order of what users are known by.
+	lines := func(s *SignIns) []string {
+		text := jsonOf(t, s)
+		for ref, object := range objects {
+			text = strings.ReplaceAll(text, ref, object)
+		}
+		lines := strings.FieldsFunc(text, func(r rune) bool { return strings.ContainsRune("{},", r) })
+		lines = slices.DeleteFunc(lines, func(l string) bool {
+			return strings.HasPrefix(l, `"user":`) || strings.HasPrefix(l, `"pseudonymous":`)
+		})
+		slices.Sort(lines)
+		return lines
+	}
+	if diff := cmp.Diff(lines(want), lines(got)); diff != "" || !got.Pseudonymous {
+		t.Errorf("by user_ref (-by name +got):\n%s", diff)
+	}
 }
 
 // saidOf is causes as "code confidence tokens/calls: evidence".

@@ -73,7 +73,7 @@ func (j *judge) compareVerdicts() {
 		}
 		f := Finding{
 			Code: VerdictDiffers, Severity: Medium, Confidence: policy.Certain.String(),
-			AppID: g.app, App: j.appName(g.app), ObjectID: j.ours.identities[g.ref].ObjectID, User: cleanText(report.UserName(j.ours.identities, g.ref)), Source: g.source,
+			AppID: g.app, App: j.appName(g.app), ObjectID: j.ours.objectOf(g.ref), User: cleanText(report.UserName(j.ours.identities, g.ref)), Source: g.source,
 			Integrations: []Use{j.ours.use(g.integration)},
 			Calls:        g.calls, First: g.first.UTC(), Last: g.last.UTC(),
 			Microsoft: g.microsoft, Guard: g.guard, AMR: cleanText(g.amr), RequestID: g.ids, CallIDs: g.calledAs,
@@ -116,7 +116,7 @@ func (j *judge) missedCalls() {
 			Text: fmt.Sprintf("Microsoft does not list %s of %s, which it answered.", calls(int(g.calls)), g.integration),
 			Fix:  "Run again later: Microsoft may be late. If it stays so, see whether these calls go to another tenant than the token of this run.",
 
-			AppID: g.app, App: j.appName(g.app), ObjectID: j.ours.identities[g.ref].ObjectID, User: cleanText(report.UserName(j.ours.identities, g.ref)),
+			AppID: g.app, App: j.appName(g.app), ObjectID: j.ours.objectOf(g.ref), User: cleanText(report.UserName(j.ours.identities, g.ref)),
 			Integrations: []Use{j.ours.use(g.integration)},
 			Calls:        int(g.calls), First: g.first.UTC(), Last: g.last.UTC(), CallIDs: []string{g.example},
 		})
@@ -165,7 +165,7 @@ func (j *judge) principalFinding(r *apiRow, last time.Time) Finding {
 	}
 	sources, apps := map[string]int{}, map[string]int{}
 	for _, g := range j.direct {
-		if g.object == object && object != "" && g.nonCompliant > 0 {
+		if object != "" && strings.EqualFold(g.object, object) && g.nonCompliant > 0 {
 			sources[g.source] += g.nonCompliant
 			apps[g.app] += g.nonCompliant
 			f.NonCompliant += g.nonCompliant
