@@ -13,6 +13,11 @@
 // days, the store that is made from it, reports and searches.
 //
 //	go run ./internal/bench -scale 1000000,3000000,10000000 -dir /var/tmp
+//
+// With -postgres the store is a fleet's, in a schema of its own that is removed
+// afterwards.
+//
+//	go run ./internal/bench -scale 1000000 -postgres postgres://user@host/database
 package main
 
 import (
@@ -50,13 +55,14 @@ func main() {
 	flag.IntVar(&b.tokens, "tokens", 200, "distinct tokens")
 	scale := flag.String("scale", "", "measure ledger and store with these numbers of calls instead, one after the other")
 	dir := flag.String("dir", "", "where -scale writes, 1.5 GiB for a million calls; empty is the system's directory for temporary files")
+	postgres := flag.String("postgres", "", "URL of a PostgreSQL database that -scale measures in place of SQLite")
 	flag.Parse()
 	var err error
 	switch {
 	case *scale != "":
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 		defer stop()
-		err = runScale(ctx, os.Stdout, *scale, *dir)
+		err = runScale(ctx, os.Stdout, *scale, *dir, *postgres)
 	case *role == "bare":
 		err = bare(*target)
 	case *role == "generator":

@@ -32,7 +32,7 @@ const (
 // runScale measures ledger, store, report and searches with so many calls each, one
 // after the other, and prints one table. dir takes ledgers and stores, a GiB a million calls;
 // each is removed before the next is made.
-func runScale(ctx context.Context, out io.Writer, sizes, dir string) error {
+func runScale(ctx context.Context, out io.Writer, sizes, dir, postgres string) error {
 	var calls []int
 	for _, size := range strings.Split(sizes, ",") {
 		n, err := strconv.Atoi(size)
@@ -55,7 +55,7 @@ func runScale(ctx context.Context, out io.Writer, sizes, dir string) error {
 	t := &scaleTable{}
 	for _, n := range calls {
 		data := filepath.Join(dir, "data")
-		if err := t.measure(ctx, guard, data, n); err != nil {
+		if err := t.measure(ctx, guard, data, postgres, n); err != nil {
 			return fmt.Errorf("%d calls: %w", n, err)
 		}
 		if err := os.RemoveAll(data); err != nil {
@@ -112,7 +112,7 @@ func figure(v float64) string {
 	return strconv.FormatFloat(v, 'f', 2, 64)
 }
 
-func (t *scaleTable) measure(ctx context.Context, guard, dir string, n int) error {
+func (t *scaleTable) measure(ctx context.Context, guard, dir, postgres string, n int) error {
 	t.sizes = append(t.sizes, n)
 	until := time.Now().UTC().Add(-lateness)
 	fmt.Fprintf(os.Stderr, "%d calls: writing the ledger\n", n)
@@ -134,23 +134,39 @@ func (t *scaleTable) measure(ctx context.Context, guard, dir string, n int) erro
 	t.set("ledger: bytes a call, compressed", packed*float64(size)/float64(n))
 
 	fmt.Fprintf(os.Stderr, "%d calls: reading it into the store\n", n)
-	p, err := runGuard(ctx, guard, "ledger", "rebuild", "--data-dir", dir)
-	if err != nil {
-		return err
+	at := []string{"--data-dir", dir}
+	open := func() (store.Reader, error) { return store.OpenReader(dir) }
+	if postgres != "" {
+		f, err := newFleet(ctx, postgres)
+		if err != nil {
+			return err
+		}
+		defer f.remove()
+		if err := t.fillFleet(ctx, f, dir, n); err != nil {
+			return err
+		}
+		at = append(at, "--store", "env:"+storeVariable)
+		os.Setenv(storeVariable, f.url)
+		open = func() (store.Reader, error) { return store.OpenPostgresReader(ctx, f.url) }
+	} else {
+		p, err := runGuard(ctx, guard, "ledger", "rebuild", "--data-dir", dir)
+		if err != nil {
+			return err
+		}
+		t.set("ingest: calls/s on one processor", float64(n)/p.wall.Seconds())
+		t.set("ingest: CPU µs a call", float64(p.cpu.Microseconds())/float64(n))
+		t.set("ingest: RSS MiB", p.rss)
+		if size, err = bytesUnder(filepath.Join(dir, "store.db")); err != nil {
+			return err
+		}
+		t.set("store: bytes a call", float64(size)/float64(n))
 	}
-	t.set("ingest: calls/s on one processor", float64(n)/p.wall.Seconds())
-	t.set("ingest: CPU µs a call", float64(p.cpu.Microseconds())/float64(n))
-	t.set("ingest: RSS MiB", p.rss)
-	if size, err = bytesUnder(filepath.Join(dir, "store.db")); err != nil {
-		return err
-	}
-	t.set("store: bytes a call", float64(size)/float64(n))
 
 	fmt.Fprintf(os.Stderr, "%d calls: reports and searches\n", n)
 	for _, args := range [][]string{{"--since", "30d"}, {"--since", "30d", "--by", "customer"}, {"--since", "7d", "--by", "user"}} {
 		var wall, cpu, rss []float64
 		for range 3 {
-			p, err := runGuard(ctx, guard, append([]string{"report", "--data-dir", dir}, args...)...)
+			p, err := runGuard(ctx, guard, slices.Concat([]string{"report"}, at, args)...)
 			if err != nil {
 				return err
 			}
@@ -161,7 +177,7 @@ func (t *scaleTable) measure(ctx context.Context, guard, dir string, n int) erro
 		t.set(name+": CPU ms", median(cpu))
 		t.set(name+": RSS MiB", slices.Max(rss))
 	}
-	r, err := store.OpenReader(dir)
+	r, err := open()
 	if err != nil {
 		return err
 	}
@@ -327,7 +343,6 @@ func peakRSS(pid int) float64 {
 	return kib / 1024
 }
 
-// bytesUnder is the size of a file, or of all in a directory.
 // compressed is how much of a segment's size is left once the guard has compressed it,
 // found with a copy of the first ones of dir.
 func compressed(ctx context.Context, dir string) (part float64, err error) {
@@ -379,6 +394,7 @@ func compressed(ctx context.Context, dir string) (part float64, err error) {
 	}
 }
 
+// bytesUnder is the size of a file, or of all in a directory.
 func bytesUnder(path string) (int64, error) {
 	var total int64
 	err := filepath.WalkDir(path, func(_ string, d os.DirEntry, err error) error {

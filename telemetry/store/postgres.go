@@ -58,6 +58,7 @@ const (
 	pgLockTimeout      = 10 * time.Second
 	pgIdleTimeout      = 30 * time.Second // within a transaction
 	pgTimeout          = 45 * time.Second // of one step with all its statements
+	pgMigrationTimeout = time.Hour
 	pgHeartbeat        = 10 * time.Second // of a guard that has nothing to write
 )
 
@@ -271,14 +272,16 @@ func (p *postgres) open(ctx context.Context) (*joiner, error) {
 
 // connect connects, sees to the schema, and takes the lock of the ledger.
 func (p *postgres) connect(ctx context.Context) (err error) {
-	ctx, cancel := p.at.limit(ctx)
+	limited, cancel := p.at.limit(ctx)
 	defer cancel()
-	if p.conn, err = pgx.ConnectConfig(ctx, p.at.session("partnerguard "+p.cfg.Instance, false)); err != nil {
+	if p.conn, err = pgx.ConnectConfig(limited, p.at.session("partnerguard "+p.cfg.Instance, false)); err != nil {
 		return err
 	}
 	if err := p.at.migrate(ctx, p.conn, migrations, p.cfg.Version); err != nil {
 		return err
 	}
+	ctx, cancel = p.at.limit(ctx)
+	defer cancel()
 	if err := p.lock(ctx); err != nil {
 		return err
 	}

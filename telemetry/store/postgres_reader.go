@@ -357,8 +357,10 @@ func bound(t time.Time) time.Time { return time.UnixMicro(max(ceilMicro(t), firs
 // selected is a Filter as SQL for the calls that ended, and as Go for the open ones.
 type selected struct {
 	calls, dims, details conditions
-	ids                  bool   // some id is asked for
-	customer             string // empty: any
+	ids                  bool    // some id is asked for
+	few                  bool    // there are few such calls
+	listed               []int64 // the dims that meet dims, if they were listed
+	customer             string  // empty: any
 	low, high            int64
 	open                 func(*Call) bool
 }
@@ -418,21 +420,22 @@ func (r *postgresReader) selected(ctx context.Context, f Filter) (*selected, err
 			s.calls.add("odd_folded @> ARRAY[?] AND odd[1] = ?", foldOdd(call), pgText(call))
 		}
 	}
-	byID := func(want, column string, odd, upstreamOdd int) {
+	byID := func(want, column string, odd, upstreamOdd, own int) {
 		if want == "" {
 			return
 		}
 		s.ids = true
 		lower := lowerASCII(want)
-		cond, args := fmt.Sprintf("odd_folded @> ARRAY[?] AND (%s = ? OR %s = ?)", foldedOdd(odd), foldedOdd(upstreamOdd)), []any{foldOdd(want), pgText(lower), pgText(lower)}
+		cond := fmt.Sprintf("odd_folded @> ARRAY[?] AND (%s = ? OR %s = ? OR same & %d <> 0 AND %s = ?)", foldedOdd(odd), foldedOdd(upstreamOdd), own, foldedOdd(1))
+		args := []any{foldOdd(want), pgText(lower), pgText(lower), pgText(lower)}
 		if guid, ok := parseGUID(lower); ok {
-			cond = fmt.Sprintf("(%[1]s = ? OR upstream_%[1]s = ? OR %[2]s)", column, cond)
-			args = append([]any{[16]byte(guid), [16]byte(guid)}, args...)
+			cond = fmt.Sprintf("(%[1]s = ? OR upstream_%[1]s = ? OR call = ? AND same & %[2]d <> 0 OR %[3]s)", column, own, cond)
+			args = append([]any{[16]byte(guid), [16]byte(guid), [16]byte(guid)}, args...)
 		}
 		s.calls.add(cond, args...)
 	}
-	byID(f.RequestID, "request_id", 2, 4)
-	byID(f.CorrelationID, "correlation_id", 3, 5)
+	byID(f.RequestID, "request_id", 2, 4, ownRequest)
+	byID(f.CorrelationID, "correlation_id", 3, 5, ownCorrelation)
 	s.open = f.matchesOpen(refs)
 	return s, nil
 }
@@ -507,41 +510,91 @@ func (r *postgresReader) Calls(ctx context.Context, f Filter, yield func(Call) e
 
 func (r *postgresReader) OpenCalls(ctx context.Context) ([]Call, error) {
 	s := &selected{open: func(*Call) bool { return true }}
-	_, open, err := r.page(ctx, s, span{endless, endless}, 0, true, 0)
+	_, open, err := r.page(ctx, s, stretch{span: span{endless, endless}}, 0, true, 0)
 	return open, r.fail(err)
 }
 
-// plan returns between which finishes the calls lie that s selects, in order. The last
-// span has the calls that end from now on.
-func (r *postgresReader) plan(ctx context.Context, s *selected, f Filter) (spans []span, err error) {
+// stretch is where calls lie: their finishes, and the days on which they began, of which
+// each has a partition. A query of all partitions takes 20 ms to be planned.
+type stretch struct {
+	span
+	from, to int32 // days; both 0: any
+}
+
+func (p stretch) with(q stretch) stretch {
+	return stretch{span{min(p.low, q.low), max(p.high, q.high)}, min(p.from, q.from), max(p.to, q.to)}
+}
+
+// days is a condition.
+func (p stretch) days() string {
+	if p.from == 0 && p.to == 0 {
+		return "true"
+	}
+	return fmt.Sprintf("day BETWEEN '%s' AND '%s'", dayTime(p.from).Format(time.DateOnly), dayTime(p.to).Format(time.DateOnly))
+}
+
+func dayOfHour(hour int32) int32 { return dayOf(time.Unix(int64(hour)*3600, 0)) }
+
+// plan returns where the calls lie that s selects, in order. The last part has those
+// that end from now on.
+func (r *postgresReader) plan(ctx context.Context, s *selected, f Filter) (parts []stretch, err error) {
 	err = r.snapshot(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		var last int64
 		if err := tx.QueryRow(ctx, "SELECT finish FROM fleet").Scan(&last); err != nil {
 			return err
 		}
 		if s.ids || len(s.dims.sql) == 0 && s.customer == "" && f.Since.IsZero() && f.Until.IsZero() {
-			spans = []span{{0, last}}
-		} else if spans, err = s.spans(ctx, tx); err != nil {
+			parts = []stretch{{span: span{0, last}}}
+		} else if parts, err = s.parts(ctx, tx); err != nil {
 			return err
 		}
-		spans = append(spans, span{last + 1, endless})
-		for i := range spans {
-			spans[i].low = max(spans[i].low, int64(f.AfterFinish)+1)
+		parts = append(parts, stretch{span: span{last + 1, endless}})
+		for i := range parts {
+			parts[i].low = max(parts[i].low, int64(f.AfterFinish)+1)
 		}
 		return nil
 	})
-	return spans, err
+	return parts, err
 }
 
-// spans returns where the calls lie that began in the hours asked for; hours without a
-// call of such a dim or customer are left out.
-func (s *selected) spans(ctx context.Context, tx pgx.Tx) ([]span, error) {
+// parts returns where the calls lie that s selects. Few are looked for themselves; of
+// more, hours without such a call are left out.
+func (s *selected) parts(ctx context.Context, tx pgx.Tx) ([]stretch, error) {
+	if len(s.dims.sql) > 0 {
+		rows, err := tx.Query(ctx, fmt.Sprintf("SELECT dim FROM dims WHERE %s LIMIT %d", s.dims.String(), maxListed+1), s.dims.args...)
+		if err != nil {
+			return nil, err
+		}
+		if s.listed, err = pgx.CollectRows(rows, pgx.RowTo[int64]); err != nil {
+			return nil, err
+		}
+		if len(s.listed) > maxListed {
+			s.listed = nil
+		} else if len(s.listed) == 0 {
+			return nil, nil
+		}
+	}
+	if s.listed != nil || s.customer != "" {
+		w := s.where(stretch{span: span{0, endless}})
+		var n int
+		var low, high *int64
+		var from, to *time.Time
+		err := tx.QueryRow(ctx, fmt.Sprintf("SELECT count(*), min(finish), max(finish), min(day), max(day) FROM (SELECT finish, day FROM calls WHERE %s LIMIT %d) AS c",
+			w.String(), few+1), w.args...).Scan(&n, &low, &high, &from, &to)
+		if err != nil || n == 0 {
+			return nil, err
+		}
+		if n <= few {
+			s.few = true
+			return []stretch{{span{*low, *high}, dayOf(*from), dayOf(*to)}}, nil
+		}
+	}
 	var w conditions
 	w.add("hour BETWEEN ? AND ?", int32(clampHour(s.low)), int32(clampHour(s.high)))
 	if len(s.dims.sql) > 0 {
 		var in conditions
 		in.hours(s.low, s.high)
-		in.dims(&s.dims)
+		s.addDims(&in)
 		w.sub("hour IN (SELECT hour FROM sums WHERE %s)", &in)
 	}
 	if s.customer != "" {
@@ -550,27 +603,43 @@ func (s *selected) spans(ctx context.Context, tx pgx.Tx) ([]span, error) {
 		in.add("customer IN (?, ?)", s.customer, Other)
 		w.sub("hour IN (SELECT hour FROM customer_sums WHERE %s)", &in)
 	}
-	rows, err := tx.Query(ctx, "SELECT min(low), max(high) FROM hours WHERE "+w.String()+" GROUP BY hour ORDER BY 1", w.args...)
+	rows, err := tx.Query(ctx, "SELECT hour, min(low), max(high) FROM hours WHERE "+w.String()+" GROUP BY hour ORDER BY 2", w.args...)
 	if err != nil {
 		return nil, err
 	}
-	var spans []span
+	var parts []stretch
+	var hour int32
 	var one span
-	_, err = pgx.ForEachRow(rows, []any{&one.low, &one.high}, func() error {
-		if n := len(spans); n > 0 && one.low <= spans[n-1].high+1 {
-			spans[n-1].high = max(spans[n-1].high, one.high)
+	_, err = pgx.ForEachRow(rows, []any{&hour, &one.low, &one.high}, func() error {
+		this := stretch{one, dayOfHour(hour), dayOfHour(hour)}
+		if n := len(parts); n > 0 && one.low <= parts[n-1].high+nearby {
+			parts[n-1] = parts[n-1].with(this)
 		} else {
-			spans = append(spans, one)
+			parts = append(parts, this)
 		}
 		return nil
 	})
-	return spans, err
+	return parts, err
 }
 
-// dims adds that a row's dim meets d.
-func (w *conditions) dims(d *conditions) {
-	if len(d.sql) > 0 {
-		w.sub("dim IN (SELECT dim FROM dims WHERE %s)", d)
+// few is how many calls are found by what they have in common and then sorted; more are
+// met walking along finish.
+const few = 20_000
+
+// maxListed is how many dims are asked for by number, for which PostgreSQL plans well.
+// More than that have more than a few calls.
+const maxListed = 500
+
+// nearby is how many calls between two parts are read rather than asked for apart.
+const nearby = 10_000
+
+// addDims adds that a row's dim meets s.dims.
+func (s *selected) addDims(w *conditions) {
+	switch {
+	case s.listed != nil:
+		w.add("dim = ANY(?)", s.listed)
+	case len(s.dims.sql) > 0:
+		w.sub("dim IN (SELECT dim FROM dims WHERE %s)", &s.dims)
 	}
 }
 
@@ -587,55 +656,89 @@ func (w *conditions) sub(format string, d *conditions) {
 var parameter = regexp.MustCompile(`\$[0-9]+`)
 
 // where is what a row of calls must meet to be one of s, within p.
-func (s *selected) where(p span) conditions {
+func (s *selected) where(p stretch) conditions {
 	w := s.calls.clone()
 	w.add("finish BETWEEN ? AND ?", p.low, p.high)
-	w.dims(&s.dims)
+	w.add(p.days())
+	s.addDims(&w)
 	if len(s.details.sql) > 0 {
 		w.sub("(day, ledger, detail) IN (SELECT day, ledger, detail FROM details WHERE %s)", &s.details)
 	}
 	return w
 }
 
+// set prepares a transaction for where, and reports whether there are calls in p at all.
+func (s *selected) set(ctx context.Context, tx pgx.Tx, p stretch) (there bool, err error) {
+	var last int64
+	if err := tx.QueryRow(ctx, "SELECT finish FROM fleet").Scan(&last); err != nil || last < p.low {
+		return false, err
+	}
+	if s.ids {
+		// PostgreSQL believes that a filter of random ids rules nothing out, and would
+		// read all rows instead.
+		_, err = tx.Exec(ctx, "SET LOCAL enable_seqscan = off; SET LOCAL max_parallel_workers_per_gather = 0")
+	}
+	return true, err
+}
+
 // order is by finish. Few calls have an id: those are to be found by it and then
 // sorted, not by walking along finish until some are met.
 func (s *selected) order() string {
-	if s.ids {
+	if s.ids || s.few {
 		return "finish + 0"
 	}
 	return "finish"
 }
 
-// latest makes the spans begin with the latest n calls in them.
-func (r *postgresReader) latest(ctx context.Context, s *selected, spans []span, n int) error {
-	for i := len(spans) - 1; i >= 0; i-- {
+// latest makes the parts begin with the latest n calls in them, and end with the days of
+// these.
+func (r *postgresReader) latest(ctx context.Context, s *selected, parts []stretch, n int) error {
+	for i := len(parts) - 1; i >= 0; i-- {
+		p := &parts[i]
 		if n == 0 {
-			spans[i].low = endless
+			p.low = endless
 			continue
 		}
-		w := s.where(spans[i])
-		var first, found int64
 		err := r.snapshot(ctx, func(ctx context.Context, tx pgx.Tx) error {
-			return tx.QueryRow(ctx, fmt.Sprintf("SELECT coalesce(min(finish), 0), count(*) FROM (SELECT finish FROM calls WHERE %s ORDER BY %s DESC LIMIT %d) AS c",
-				w.String(), s.order(), n), w.args...).Scan(&first, &found)
+			if there, err := s.set(ctx, tx, *p); err != nil || !there {
+				return err
+			}
+			w := s.where(*p)
+			var first, found int64
+			var from, to *time.Time
+			err := tx.QueryRow(ctx, fmt.Sprintf("SELECT coalesce(min(finish), 0), count(*), min(day), max(day) FROM (SELECT finish, day FROM calls WHERE %s ORDER BY %s DESC LIMIT %d) AS c",
+				w.String(), s.order(), n), w.args...).Scan(&first, &found, &from, &to)
+			if err != nil {
+				return err
+			}
+			p.low = max(p.low, first)
+			n -= int(found)
+			switch {
+			case p.high == endless: // there may be more soon
+			case found == 0:
+				p.low = endless
+			default:
+				p.from, p.to = dayOf(*from), dayOf(*to)
+			}
+			return nil
 		})
 		if err != nil {
 			return err
 		}
-		spans[i].low = max(spans[i].low, first)
-		n -= int(found)
 	}
 	return nil
 }
 
 // selectPostgres reads whole calls.
-var selectPostgres = `SELECT finish, "time", ` + oddOr("call", 1) + `, ` + oddOr("request_id", 2) + `, ` + oddOr("correlation_id", 3) + `,
-	CASE WHEN same & 1 <> 0 THEN ` + oddOr("request_id", 2) + ` ELSE ` + oddOr("upstream_request_id", 4) + ` END,
-	CASE WHEN same & 2 <> 0 THEN ` + oddOr("correlation_id", 3) + ` ELSE ` + oddOr("upstream_correlation_id", 5) + ` END,
-	` + oddOr("customer", 6) + `, path, rest, coalesce(uti, ''), coalesce(iat, 0), coalesce(exp, 0), coalesce(bytes_in, 0), coalesce(bytes_out, 0),
+var selectPostgres = `SELECT finish, "time", ` + oddOr("call", 1) + `, request, correlation,
+	CASE WHEN same & 1 <> 0 THEN request ELSE ` + oddOr("upstream_request_id", 4) + ` END,
+	CASE WHEN same & 2 <> 0 THEN correlation ELSE ` + oddOr("upstream_correlation_id", 5) + ` END,
+	` + oddOr("customer", 6) + `, path, path_values, rest, coalesce(uti, ''), coalesce(iat, 0), coalesce(exp, 0), coalesce(bytes_in, 0), coalesce(bytes_out, 0),
 	coalesce(duration_us, 0), coalesce(upstream_us, 0), ` + narrowColumns + `,
 	generation, replays, instance, listener, peer, method, query_names, upstream, evidence, rule, application, user_agent, upstream_status, error
-	FROM `
+	FROM (SELECT *,
+		CASE WHEN same & 4 <> 0 THEN ` + oddOr("call", 1) + ` ELSE ` + oddOr("request_id", 2) + ` END AS request,
+		CASE WHEN same & 8 <> 0 THEN ` + oddOr("call", 1) + ` ELSE ` + oddOr("correlation_id", 3) + ` END AS correlation FROM `
 
 func oddOr(column string, n int) string {
 	return fmt.Sprintf("coalesce(%s::text, odd[%d], '')", column, n)
@@ -643,7 +746,7 @@ func oddOr(column string, n int) string {
 
 // page reads up to n calls of a span. With its last page, which a short page shows or
 // that left calls are all that is wanted, come the open ones as of the same moment.
-func (r *postgresReader) page(ctx context.Context, s *selected, p span, n int, wantOpen bool, left int) (calls, open []Call, err error) {
+func (r *postgresReader) page(ctx context.Context, s *selected, p stretch, n int, wantOpen bool, left int) (calls, open []Call, err error) {
 	err = r.snapshot(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		if n > 0 && p.low < endless {
 			if calls, err = s.read(ctx, tx, p, n); err != nil {
@@ -658,10 +761,15 @@ func (r *postgresReader) page(ctx context.Context, s *selected, p span, n int, w
 	return calls, open, err
 }
 
-func (s *selected) read(ctx context.Context, tx pgx.Tx, p span, n int) ([]Call, error) {
+func (s *selected) read(ctx context.Context, tx pgx.Tx, p stretch, n int) ([]Call, error) {
+	if there, err := s.set(ctx, tx, p); err != nil || !there {
+		return nil, err
+	}
 	w := s.where(p)
-	rows, err := tx.Query(ctx, selectPostgres+fmt.Sprintf("(SELECT * FROM calls WHERE %s ORDER BY %s LIMIT %d) AS c JOIN details USING (day, ledger, detail) LEFT JOIN tokens USING (day, ledger, token) JOIN dims USING (dim) ORDER BY finish",
-		w.String(), s.order(), n), w.args...)
+	rows, err := tx.Query(ctx, selectPostgres+fmt.Sprintf("(SELECT * FROM calls WHERE %[1]s ORDER BY %[2]s LIMIT %[3]d) AS few) AS c "+
+		"JOIN (SELECT * FROM details WHERE %[4]s) AS d USING (day, ledger, detail) LEFT JOIN (SELECT * FROM tokens WHERE %[4]s) AS t USING (day, ledger, token) "+
+		"JOIN dims USING (dim) ORDER BY finish",
+		w.String(), s.order(), n, p.days()), w.args...)
 	if err != nil {
 		return nil, err
 	}
@@ -673,9 +781,9 @@ func (s *selected) read(ctx context.Context, tx pgx.Tx, p span, n int) ([]Call, 
 		var finish, duration, upstream int64
 		var names string
 		var path *string
-		var left []byte
+		var values, left []byte
 		into := []any{&finish, &c.Time, &c.ID, &c.RequestID, &c.CorrelationID, &c.UpstreamRequestID, &c.UpstreamCorrelationID,
-			&d.Customer, &path, &left, &c.UTI, &c.IssuedAt, &c.ExpiresAt, &c.BytesIn, &c.BytesOut, &duration, &upstream}
+			&d.Customer, &path, &values, &left, &c.UTI, &c.IssuedAt, &c.ExpiresAt, &c.BytesIn, &c.BytesOut, &duration, &upstream}
 		into = append(into, d.narrowFields()...)
 		into = append(into, &c.Generation, &c.Replays, &c.Instance, &c.Listener, &c.Peer, &c.Method, &names, &c.Upstream, &c.Evidence,
 			&c.Rule, &c.Application, &c.UserAgent, &c.UpstreamStatus, &c.Error)
@@ -695,8 +803,16 @@ func (s *selected) read(ctx context.Context, tx pgx.Tx, p span, n int) ([]Call, 
 			}
 			was.into(&c)
 		}
-		if c.Path = c.Route; path != nil {
+		switch {
+		case path != nil:
 			c.Path = *path
+		case values != nil:
+			c.Path, err = unpackPath(values, c.Route, d.Customer)
+		default:
+			c.Path, err = unpackPath(nil, c.Route, d.Customer)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read call %s: %w", c.ID, err)
 		}
 		calls = append(calls, c)
 	}

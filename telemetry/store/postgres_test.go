@@ -369,7 +369,7 @@ func TestADatabaseInTroubleCostsNothing(t *testing.T) {
 		testTrouble(t, place, func(*Store) func() {
 			server.Exec(t, place.url, "INSERT INTO "+schema+".migrations VALUES (99, 99, 'newer')")
 			return func() { server.Exec(t, place.url, "DELETE FROM "+schema+".migrations WHERE version = 99") }
-		}, "needs a program that knows 99; this one knows 1")
+		}, "needs a program that knows 99; this one knows 2")
 	})
 	t.Run("further than it should be", func(t *testing.T) {
 		place := postgresShelf(t)
@@ -457,7 +457,7 @@ func TestTwoVersionsSideBySide(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = OpenPostgresReader(t.Context(), place.url)
-	if err == nil || !strings.Contains(err.Error(), "has version 3 and needs a program that knows 3; this one knows 1") || hintOf(err) == "" {
+	if err == nil || !strings.Contains(err.Error(), "has version 4 and needs a program that knows 4; this one knows 2") || hintOf(err) == "" {
 		t.Errorf("OpenPostgresReader = %v, hint %q", err, hintOf(err))
 	}
 
@@ -465,6 +465,69 @@ func TestTwoVersionsSideBySide(t *testing.T) {
 	broken := append(slices.Clone(newer), migration{1, "CREATE TABLE half (n int)"}, migration{1, "CREATE TABLE half (n int); SELECT 1/0"})
 	if err := at.migrate(t.Context(), conn, broken, "broken"); err == nil {
 		t.Error("a broken migration succeeds")
+	}
+}
+
+// A database that the first version wrote is brought forward, and says what it said.
+func TestWhatTheFirstVersionStoredIsReadAsItWas(t *testing.T) {
+	place := postgresShelf(t)
+	at, err := parsePostgres(place.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pgx.ConnectConfig(t.Context(), at.session("test", false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if err := at.migrate(t.Context(), conn, migrations[:1], "first"); err != nil {
+		t.Fatal(err)
+	}
+	var tables strings.Builder
+	for _, table := range partitioned {
+		fmt.Fprintf(&tables, "CREATE TABLE %[1]s_20260710 PARTITION OF %[1]s FOR VALUES FROM ('2026-07-10') TO ('2026-07-11');", table)
+	}
+	const first, second, request = "7d1f0a52-9b3c-4c1e-8f60-000000000001", "7d1f0a52-9b3c-4c1e-8f60-000000000002", "7d1f0a52-9b3c-4c1e-8f60-0000000000aa"
+	if _, err := conn.Exec(t.Context(), tables.String()+`
+		INSERT INTO ledgers (id, instance, version, retention) VALUES (gen_random_uuid(), 'guard-1', 'first', -1);
+		INSERT INTO dims (hash, day, integration, owner, tid, app_id, user_ref, kind, verified, route, mode, effect, reason, would_reject, status, rejection, code, mfa, mfa_compliant, amr)
+			SELECT gen_random_uuid(), '2026-07-10', 'billing', '', '', '', '', 'app_user', true, route, 'audit', 'forwarded', 'mfa_present', false, 200, '', '', 'present', '', '' FROM unnest(ARRAY['/v1/customers', '/v1/invoices/{invoice-id}']) AS route;
+		INSERT INTO details SELECT '2026-07-10', 1, 2, 1, 0, 'guard-1', 'main', '', 'GET', '', 'partner-center', '', '', '', '', '', '';
+		INSERT INTO calls (finish, "time", seq, dim, detail, day, ledger, call, request_id, correlation_id, same, path) VALUES
+			(1, '2026-07-10 01:00Z', 2, 1, 2, '2026-07-10', 1, '`+first+`', '`+request+`', '`+first+`', 3, NULL),
+			(2, '2026-07-10 02:00Z', 4, 2, 2, '2026-07-10', 1, '`+second+`', NULL, NULL, 0, '/v1/invoices/G01');
+		INSERT INTO hours VALUES (495385, 1, 1, 1), (495386, 1, 2, 2);
+		UPDATE fleet SET finish = 2`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenPostgresReader(t.Context(), place.url); err == nil || !strings.Contains(err.Error(), "has version 1, this program needs 2") {
+		t.Errorf("before the upgrade: %v", err)
+	}
+	if err := at.migrate(t.Context(), conn, migrations, "second"); err != nil {
+		t.Fatal(err)
+	}
+	r, err := OpenPostgresReader(t.Context(), place.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	type said struct{ call, path, request, correlation, upstreamRequest, upstreamCorrelation string }
+	for name, c := range map[string]struct {
+		filter Filter
+		want   []said
+	}{
+		"all":            {Filter{}, []said{{first, "/v1/customers", request, first, request, first}, {call: second, path: "/v1/invoices/G01"}}},
+		"request id":     {Filter{RequestID: strings.ToUpper(request)}, []said{{first, "/v1/customers", request, first, request, first}}},
+		"correlation id": {Filter{CorrelationID: first}, []said{{first, "/v1/customers", request, first, request, first}}},
+		"call":           {Filter{Call: second}, []said{{call: second, path: "/v1/invoices/G01"}}},
+	} {
+		var got []said
+		if err := r.Calls(t.Context(), c.filter, func(c Call) error {
+			got = append(got, said{c.ID, c.Path, c.RequestID, c.CorrelationID, c.UpstreamRequestID, c.UpstreamCorrelationID})
+			return nil
+		}); err != nil || !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v, %v; want %v", name, got, err, c.want)
+		}
 	}
 }
 

@@ -136,7 +136,7 @@ const addCalls = `
 
 // callsColumns are those that staging has as calls has them.
 const callsColumns = `"time", seq, dim, detail, token, day, bytes_in, bytes_out, duration_us, upstream_us,
-	call, request_id, correlation_id, upstream_request_id, upstream_correlation_id, customer, same, path, rest, odd, odd_folded`
+	call, request_id, correlation_id, upstream_request_id, upstream_correlation_id, customer, same, path, path_values, rest, odd, odd_folded`
 
 // queueOpen stores the decisions that no outcome followed so far.
 func (p *postgres) queueOpen(rest *pgx.Batch, b *batch) {
@@ -375,8 +375,10 @@ func appendKeyTexts(key []byte, list []string) []byte {
 
 // Bits of calls.same.
 const (
-	sameRequest     = 1
+	sameRequest     = 1 // Microsoft's request id is the client's
 	sameCorrelation = 2
+	ownRequest      = 4 // the client's request id is the call's own
+	ownCorrelation  = 8
 )
 
 // stage sends the calls to the staging table, and what is new of details and tokens.
@@ -554,7 +556,14 @@ func (c *copyBuffer) call(ord int32, call *pgRow) {
 	if upstreamCorrelation != "" && upstreamCorrelation == call.CorrelationID {
 		upstreamCorrelation, same = "", same|sameCorrelation
 	}
-	c.row(25)
+	request, correlation := call.RequestID, call.CorrelationID
+	if request != "" && request == call.ID {
+		request, same = "", same|ownRequest
+	}
+	if correlation != "" && correlation == call.ID {
+		correlation, same = "", same|ownCorrelation
+	}
+	c.row(26)
 	c.int4(ord)
 	c.int4(int32(hourOf(call.Time)))
 	c.int8(call.customerDim.id)
@@ -568,7 +577,7 @@ func (c *copyBuffer) call(ord int32, call *pgRow) {
 	for _, n := range [...]int64{call.BytesIn, call.BytesOut, micros(call.DurationMS), micros(call.UpstreamMS)} {
 		c.nullInt8(n)
 	}
-	ids := [...]string{call.ID, call.RequestID, call.CorrelationID, upstreamRequest, upstreamCorrelation, call.Customer}
+	ids := [...]string{call.ID, request, correlation, upstreamRequest, upstreamCorrelation, call.Customer}
 	odd := false
 	for i, id := range ids {
 		if c.id(id) {
@@ -578,10 +587,16 @@ func (c *copyBuffer) call(ord int32, call *pgRow) {
 		}
 	}
 	c.int2(same)
-	if call.Path == call.Route {
+	switch packed := packPath(call.Path, call.Route, call.Customer).(type) {
+	case string:
+		c.text(packed)
 		c.null()
-	} else {
-		c.text(call.Path)
+	case []byte:
+		c.null()
+		c.bytes(packed)
+	default:
+		c.null()
+		c.null()
 	}
 	c.nullText(call.rest)
 	if !odd {
