@@ -34,6 +34,7 @@ type daemon struct {
 	env      func(string) string
 	instance string
 	log      *slog.Logger
+	hangUp   <-chan os.Signal
 	ledger   *ledger.Ledger
 	store    *store.Store
 	tel      *telemetry.Telemetry
@@ -70,12 +71,14 @@ type daemonConfig struct {
 	dir  string // data directory
 	log  *telemetry.CallLog
 	env  func(string) string
+	// hangUp delivers each SIGHUP. Nil: there is none.
+	hangUp <-chan os.Signal
 }
 
 // start brings everything up in the order in which it depends on each other and
 // opens the listeners last. On an error nothing is left running.
 func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
-	d := &daemon{load: dc.load, file: dc.file, dir: dc.dir, env: dc.env, log: dc.log.Slog(), schedule: newSchedule()}
+	d := &daemon{load: dc.load, file: dc.file, dir: dc.dir, env: dc.env, log: dc.log.Slog(), hangUp: dc.hangUp, schedule: newSchedule()}
 	d.tokens.Store(new(string))
 	d.ctx, d.stop = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -284,6 +285,7 @@ func TestFaultsOfStopWithACallInFlight(t *testing.T) {
 		}
 		return err, err != nil
 	})
+	g.cmd.Process.Signal(syscall.SIGHUP) // a reload that comes too late ends nothing
 	if a := <-answer; a.err != nil || a.status != 200 || !json.Valid(a.body) {
 		t.Errorf("the call in flight got %d %s %v", a.status, a.body, a.err)
 	}
@@ -294,6 +296,43 @@ func TestFaultsOfStopWithACallInFlight(t *testing.T) {
 	}
 	if len(storedCalls(t, dir)) != 1 {
 		t.Error("the store lacks the call")
+	}
+}
+
+// A reload that comes while the guard starts is no reason to end.
+func TestFaultsOfHangUpAtStart(t *testing.T) {
+	t.Parallel()
+	em := startEmulator(t, emulator.Config{})
+	dir := filepath.Join(t.TempDir(), "data")
+	file := filepath.Join(t.TempDir(), "guard.yaml")
+	write(t, file, guardYAML(em, "audit", noBalancer))
+	cmd := exec.Command("partnerguard", "serve", "-c", file, "--data-dir", dir)
+	log, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill() })
+	awaiting(t, func() (error, bool) {
+		_, err := os.Stat(filepath.Join(dir, "ledger"))
+		return err, err == nil
+	})
+	ready := false
+	for range 3 {
+		cmd.Process.Signal(syscall.SIGHUP)
+	}
+	var text strings.Builder
+	for lines := bufio.NewScanner(log); lines.Scan(); {
+		text.WriteString(lines.Text() + "\n")
+		if strings.Contains(lines.Text(), `"msg":"configuration is unchanged"`) {
+			ready = true
+			cmd.Process.Signal(os.Interrupt)
+		}
+	}
+	if err := cmd.Wait(); err != nil || !ready {
+		t.Errorf("%v:\n%s", err, text.String())
 	}
 }
 

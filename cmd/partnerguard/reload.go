@@ -5,10 +5,8 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/daemon"
@@ -47,9 +45,6 @@ func (d *daemon) watch(configs ...*config.Config) {
 // followConfiguration reloads on SIGHUP and whenever the configuration, or a file that
 // it names, holds something else.
 func (d *daemon) followConfiguration() {
-	hangUp := make(chan os.Signal, 1)
-	signal.Notify(hangUp, syscall.SIGHUP)
-	defer signal.Stop(hangUp)
 	var changed <-chan struct{}
 	if d.watcher != nil {
 		changed = d.watcher.Changed()
@@ -58,7 +53,7 @@ func (d *daemon) followConfiguration() {
 		select {
 		case <-d.ctx.Done():
 			return
-		case <-hangUp:
+		case <-d.hangUp:
 			if d.watcher != nil {
 				d.watcher.Sync()
 			}

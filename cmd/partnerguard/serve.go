@@ -57,6 +57,10 @@ func serve(c *cobra.Command, e environment) error {
 	}
 	tuneMemory(e.env, memlimit.FromCgroup)
 	signal.Ignore(syscall.SIGPIPE) // the guard outlives whoever reads its log
+	// From here to the end: unheard, a SIGHUP ends the process, and calls with it.
+	hangUp := make(chan os.Signal, 1)
+	signal.Notify(hangUp, syscall.SIGHUP)
+	defer signal.Stop(hangUp)
 	log := telemetry.NewCallLog(e.err, isTerminal(e.err))
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
@@ -65,7 +69,7 @@ func serve(c *cobra.Command, e environment) error {
 	}()
 	file, _ := c.Flags().GetString("config")
 	load := func() (*config.Config, error) { return configuration(c) }
-	d, err := start(c.Context(), daemonConfig{load: load, file: file, dir: dir, log: log, env: e.env})
+	d, err := start(c.Context(), daemonConfig{load: load, file: file, dir: dir, log: log, env: e.env, hangUp: hangUp})
 	if err != nil {
 		return err
 	}
