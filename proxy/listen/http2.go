@@ -114,12 +114,12 @@ func (c *http2Conn) Read(p []byte) (int, error) {
 func (c *http2Conn) Write(p []byte) (int, error) {
 	n, err := c.Conn.Write(p)
 	for rest := p[:n]; ; {
-		kind, _, ok := c.out.next(&rest)
+		kind, length, ok := c.out.next(&rest)
 		if !ok {
 			return n, err
 		}
 		if kind == frameData {
-			c.flood.allow(framesOfData)
+			c.flood.allow(framesOfData + length/bytesOfUpdate)
 		}
 	}
 }
@@ -197,12 +197,13 @@ const (
 	swiftResets = 16
 	soonReset   = time.Second
 
-	// What a client needs, by the clients that send most: WINDOW_UPDATEs for the
+	// What a client needs, and more than any is known to send: WINDOW_UPDATEs for the
 	// stream and the connection, a PING to measure by (.NET), RST_STREAM.
-	framesOfCall = 8
-	framesOfData = 4
-	bytesOfFrame = 16  // of a body that is read
-	fullFrame    = 256 // bytes of a DATA frame that is worth its while
+	framesOfCall  = 8
+	framesOfData  = 4
+	bytesOfUpdate = 512 // of an answer
+	bytesOfFrame  = 16  // of a body that is read
+	fullFrame     = 256 // bytes of a DATA frame that is worth its while
 )
 
 var (

@@ -336,6 +336,16 @@ func TestHonestTrafficIsNoFlood(t *testing.T) {
 		}
 		return endOf(1)(fr)
 	})
+	// One that says of each KiB that it has it.
+	f = dialHTTP2(t, s, roots)
+	f.headers(1, true, ":method", "GET", ":scheme", "https", ":authority", "x", ":path", "/download")
+	f.await(func(fr http2.Frame) bool {
+		for n := fr.Header().Length; fr.Header().Type == http2.FrameData && n > 0; n -= min(n, 1<<10) {
+			f.WriteWindowUpdate(0, min(n, 1<<10))
+			f.WriteWindowUpdate(1, min(n, 1<<10))
+		}
+		return endOf(1)(fr)
+	})
 	for range 600 {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		req, _ := http.NewRequestWithContext(ctx, http.MethodGet, url+"/wait", nil)
