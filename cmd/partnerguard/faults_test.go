@@ -361,6 +361,17 @@ func (l *crowd) awaitAll(n int, ok func(sighting) bool) {
 	})
 }
 
+// awaitSince returns once n calls ended that began at from or later.
+func (l *crowd) awaitSince(from time.Time, n int) {
+	l.scene.t.Helper()
+	awaiting(l.scene.t, func() (string, bool) {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		now := len(between(l.calls, from, time.Now()))
+		return fmt.Sprintf("%d calls, want %d", now, n), now >= n
+	})
+}
+
 // between are the calls that began and ended in a span of time.
 func between(calls []sighting, from, to time.Time) []sighting {
 	var in []sighting

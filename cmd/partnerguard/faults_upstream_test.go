@@ -70,9 +70,9 @@ func TestFaultsOfUpstream(t *testing.T) {
 			load := s.underLoad(crowdConfig{clients: 80}) // some of which are stuck at a time
 			load.await(80)
 			loaded := s.resources()
-			broken := time.Now()
 			partner.set(fault.net)
-			time.Sleep(patience + 6*time.Second)
+			broken := time.Now().Add(patience + 100*time.Millisecond) // for everybody
+			load.awaitSince(broken, 150)
 			mended := time.Now()
 			partner.set(passing)
 			load.awaitAll(60, sound) // the breaker stays open for 5 s
@@ -80,7 +80,7 @@ func TestFaultsOfUpstream(t *testing.T) {
 			s.awaitText(`"msg":"breaker changed"`, `"state":"closed"`)
 			calls := load.stop()
 
-			during := between(calls, broken.Add(patience+100*time.Millisecond), mended)
+			during := between(calls, broken, mended)
 			want(t, "without upstream", during, 100, failing)
 			t.Logf("all is well %v after the upstream is", took)
 			kinds := tally(calls)

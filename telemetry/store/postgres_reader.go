@@ -744,7 +744,7 @@ func oddOr(column string, n int) string {
 	return fmt.Sprintf("coalesce(%s::text, odd[%d], '')", column, n)
 }
 
-// page reads up to n calls of a span. With its last page, which a short page shows or
+// page reads up to n calls of a stretch. With its last page, which a short page shows or
 // that left calls are all that is wanted, come the open ones as of the same moment.
 func (r *postgresReader) page(ctx context.Context, s *selected, p stretch, n int, wantOpen bool, left int) (calls, open []Call, err error) {
 	err = r.snapshot(ctx, func(ctx context.Context, tx pgx.Tx) error {
@@ -803,15 +803,14 @@ func (s *selected) read(ctx context.Context, tx pgx.Tx, p stretch, n int) ([]Cal
 			}
 			was.into(&c)
 		}
+		var packed any
 		switch {
 		case path != nil:
-			c.Path = *path
+			packed = *path
 		case values != nil:
-			c.Path, err = unpackPath(values, c.Route, d.Customer)
-		default:
-			c.Path, err = unpackPath(nil, c.Route, d.Customer)
+			packed = values
 		}
-		if err != nil {
+		if c.Path, err = unpackPath(packed, c.Route, d.Customer); err != nil {
 			return nil, fmt.Errorf("read call %s: %w", c.ID, err)
 		}
 		calls = append(calls, c)

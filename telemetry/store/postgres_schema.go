@@ -182,11 +182,16 @@ var tables = []string{"ledgers", "fleet", "calls", "dims", "details", "tokens", 
 
 // migrate brings the schema to what this program knows, each step in a transaction of
 // its own. A newer schema is fine as long as it says so. A step takes the time that an
-// index of all calls takes.
+// index of all calls takes; to look whether there is one must not.
 func (at postgresConfig) migrate(ctx context.Context, conn *pgx.Conn, known []migration, program string) error {
-	ctx, cancel := context.WithTimeout(ctx, pgMigrationTimeout)
+	limited, cancel := at.limit(ctx)
 	defer cancel()
-	version, err := at.schemaVersion(ctx, conn, known)
+	version, err := at.schemaVersion(limited, conn, known)
+	if err != nil || version >= len(known) {
+		return err
+	}
+	ctx, cancel = context.WithTimeout(ctx, pgMigrationTimeout)
+	defer cancel()
 	for err == nil && version < len(known) {
 		version, err = at.migrateOnce(ctx, conn, known, program)
 	}

@@ -407,15 +407,7 @@ func TestTwoVersionsSideBySide(t *testing.T) {
 	catchUp(t, old)
 
 	// A newer program adds a column that the older one leaves alone.
-	at, err := parsePostgres(place.url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := pgx.ConnectConfig(t.Context(), at.session("test", false))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
+	at, conn := connectTo(t, place)
 	newer := append(slices.Clone(migrations), migration{1, "ALTER TABLE calls ADD COLUMN region text"})
 	var wg sync.WaitGroup
 	for range 3 { // several at a time: one does it
@@ -456,7 +448,7 @@ func TestTwoVersionsSideBySide(t *testing.T) {
 	if err := at.migrate(t.Context(), conn, append(newer, migration{len(newer) + 1, "ALTER TABLE calls DROP COLUMN path"}), "newest"); err != nil {
 		t.Fatal(err)
 	}
-	_, err = OpenPostgresReader(t.Context(), place.url)
+	_, err := OpenPostgresReader(t.Context(), place.url)
 	if err == nil || !strings.Contains(err.Error(), "has version 4 and needs a program that knows 4; this one knows 2") || hintOf(err) == "" {
 		t.Errorf("OpenPostgresReader = %v, hint %q", err, hintOf(err))
 	}
@@ -468,9 +460,9 @@ func TestTwoVersionsSideBySide(t *testing.T) {
 	}
 }
 
-// A database that the first version wrote is brought forward, and says what it said.
-func TestWhatTheFirstVersionStoredIsReadAsItWas(t *testing.T) {
-	place := postgresShelf(t)
+// connectTo is a session in place's schema, as a guard has one.
+func connectTo(t *testing.T, place *shelf) (postgresConfig, *pgx.Conn) {
+	t.Helper()
 	at, err := parsePostgres(place.url)
 	if err != nil {
 		t.Fatal(err)
@@ -479,7 +471,14 @@ func TestWhatTheFirstVersionStoredIsReadAsItWas(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close(context.Background())
+	t.Cleanup(func() { conn.Close(context.Background()) })
+	return at, conn
+}
+
+// A database that the first version wrote is brought forward, and says what it said.
+func TestWhatTheFirstVersionStoredIsReadAsItWas(t *testing.T) {
+	place := postgresShelf(t)
+	at, conn := connectTo(t, place)
 	if err := at.migrate(t.Context(), conn, migrations[:1], "first"); err != nil {
 		t.Fatal(err)
 	}
