@@ -70,8 +70,8 @@ func (t *scaleTable) fillFleet(ctx context.Context, f *fleet, dir string, n int)
 	if _, err := f.conn.Exec(ctx, "VACUUM (ANALYZE)"); err != nil {
 		return err
 	}
-	rows, err := f.conn.Query(ctx, `SELECT regexp_replace(c.relname, '_?[0-9]{8}', ''), sum(pg_relation_size(c.oid))::float8 FROM pg_class c
-		WHERE relnamespace = $1::regnamespace GROUP BY ROLLUP (1) ORDER BY 2 DESC`, f.schema)
+	rows, err := f.conn.Query(ctx, `SELECT regexp_replace(c.relname, '_?[0-9]{8}', ''), sum(CASE c.relkind WHEN 'r' THEN pg_table_size(c.oid) ELSE pg_relation_size(c.oid) END)::float8
+		FROM pg_class c WHERE relnamespace = $1::regnamespace GROUP BY ROLLUP (1) ORDER BY 2 DESC`, f.schema)
 	if err != nil {
 		return err
 	}

@@ -38,17 +38,25 @@ type shelf struct {
 	dir    string
 	url    string // of PostgreSQL; empty: SQLite
 	ledger string
-	foldAt int // with SQLite: how many calls are folded at once
+	foldAt int // how many calls are folded at once
 }
 
-// eachStore runs a test over SQLite, with calls that are not folded and with calls that
-// are as they come, and over PostgreSQL.
+// eachStore runs a test over SQLite and PostgreSQL, with calls that are not folded and
+// with calls that are as they come.
 func eachStore(t *testing.T, run func(t *testing.T, newShelf func(testing.TB) *shelf)) {
 	t.Run("sqlite", func(t *testing.T) { run(t, func(t testing.TB) *shelf { return sqliteShelf(t, foldCalls) }) })
 	t.Run("sqlite, folded", func(t *testing.T) { run(t, func(t testing.TB) *shelf { return sqliteShelf(t, 1) }) })
 	t.Run("postgres", func(t *testing.T) {
 		postgresServer.Server(t) // or skip
 		run(t, postgresShelf)
+	})
+	t.Run("postgres, folded", func(t *testing.T) {
+		postgresServer.Server(t)
+		run(t, func(t testing.TB) *shelf {
+			s := postgresShelf(t)
+			s.foldAt = 1
+			return s
+		})
 	})
 }
 
@@ -66,7 +74,7 @@ var (
 
 // postgresShelf is a schema of its own in the tests' database.
 func postgresShelf(t testing.TB) *shelf {
-	return &shelf{dir: t.TempDir(), url: inSchema(t, sharedDatabase(t), fmt.Sprint("store_", schemas.Add(1))), ledger: uuid.NewString()}
+	return &shelf{dir: t.TempDir(), url: inSchema(t, sharedDatabase(t), fmt.Sprint("store_", schemas.Add(1))), ledger: uuid.NewString(), foldAt: foldCalls}
 }
 
 // wipe makes the shelf empty. It must not be open.
@@ -94,7 +102,7 @@ func (s *shelf) wipe(t testing.TB) {
 
 // guard is a shelf for another guard of the same fleet.
 func (s *shelf) guard(t testing.TB) *shelf {
-	return &shelf{dir: t.TempDir(), url: s.url, ledger: uuid.NewString()}
+	return &shelf{dir: t.TempDir(), url: s.url, ledger: uuid.NewString(), foldAt: s.foldAt}
 }
 
 var sharedMu sync.Mutex
@@ -139,8 +147,11 @@ func (s *shelf) open(t testing.TB, j *journal, events *[]Event) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.url == "" {
+	switch {
+	case s.url == "":
 		writerOf(st).foldAt = s.foldAt
+	case s.foldAt > 0:
+		st.db.(*postgres).foldAt = s.foldAt
 	}
 	t.Cleanup(func() { st.Close() })
 	return st

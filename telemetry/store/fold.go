@@ -17,7 +17,7 @@ const foldCalls = 8192
 // pending is what the calls come to that are not folded yet.
 type pending struct {
 	calls    int
-	sums     [byCustomer + 1]map[int64]map[sumKey]sumValue // by kind and hour
+	sums     tally
 	hours    map[int64]span
 	dims     map[*entry]bool // whose day grew
 	postings []posting
@@ -28,9 +28,7 @@ type pending struct {
 type span struct{ low, high int64 }
 
 func newPending() *pending {
-	p := &pending{hours: map[int64]span{}, dims: map[*entry]bool{}}
-	p.sums[byRoute], p.sums[byCustomer] = map[int64]map[sumKey]sumValue{}, map[int64]map[sumKey]sumValue{}
-	return p
+	return &pending{sums: newTally(), hours: map[int64]span{}, dims: map[*entry]bool{}}
 }
 
 // add takes c in, which counts as counted under dim.
@@ -38,8 +36,8 @@ func (p *pending) add(c, counted *Call, dim *entry, customer sumKey, customerDim
 	p.calls++
 	hour, finish := hourOf(c.Time), int64(c.Finish)
 	at := c.Time.UnixMicro()
-	p.sum(byRoute, hour, sumKey{dim: dim.id}, at)
-	p.sum(byCustomer, hour, customer, at)
+	p.sums.count(byRoute, hour, sumKey{dim: dim.id}, at)
+	p.sums.count(byCustomer, hour, customer, at)
 	h, ok := p.hours[hour]
 	if !ok {
 		h = span{finish, finish}
@@ -69,15 +67,6 @@ func (p *pending) add(c, counted *Call, dim *entry, customer sumKey, customerDim
 	if c.AppID != counted.AppID {
 		p.ids.add(c.AppID, finish)
 	}
-}
-
-func (p *pending) sum(by int, hour int64, key sumKey, at int64) {
-	sums := p.sums[by][hour]
-	if sums == nil {
-		sums = map[sumKey]sumValue{}
-		p.sums[by][hour] = sums
-	}
-	sums[key] = sums[key].plus(sumValue{1, at, at})
 }
 
 // before reports whether a call that began before hour waits to be folded.

@@ -42,6 +42,10 @@ type postgres struct {
 	details, tokens       map[string]uint64
 	admitted              map[int32]*pgAdmitted
 	maxDims, maxCustomers int
+	pending               pgPending
+	foldAt                int              // how many calls are folded
+	folded                uint64           // the seq up to which they are
+	lastHour              int64            // the latest of which there are sums
 	stripped              map[int32]string // whose calls of a day are removed already
 	key                   []byte           // scratch, like those below
 	rows                  copyBuffer
@@ -67,7 +71,7 @@ func newPostgres(cfg Config) (*postgres, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &postgres{cfg: cfg, at: at, maxDims: maxDims, maxCustomers: maxCustomers}
+	p := &postgres{cfg: cfg, at: at, maxDims: maxDims, maxCustomers: maxCustomers, foldAt: foldCalls}
 	if cfg.Ledger != "" {
 		if p.id, err = uuid.Parse(cfg.Ledger); err != nil {
 			return nil, fmt.Errorf("store: Config.Ledger: %w", err)
@@ -368,7 +372,7 @@ func (p *postgres) load(ctx context.Context) error {
 	}
 	p.joiner, p.heard = in, time.Time{}
 	p.people = people{}
-	return nil
+	return p.loadFold(ctx)
 }
 
 func (p *postgres) close() error {
@@ -380,7 +384,7 @@ func (p *postgres) close() error {
 	defer cancel()
 	err := p.conn.Close(ctx)
 	p.conn, p.joiner, p.days, p.dims, p.details, p.tokens, p.admitted = nil, nil, nil, nil, nil, nil, nil
-	p.stripped = nil
+	p.stripped, p.pending = nil, pgPending{}
 	p.rows, p.newDetails, p.newTokens, p.people = copyBuffer{}, copyBuffer{}, copyBuffer{}, people{}
 	return err
 }
@@ -410,6 +414,9 @@ func (p *postgres) idle(ctx context.Context, caughtUp bool) error {
 	ctx, cancel := p.at.limit(ctx)
 	defer cancel()
 	err := p.followPeople(ctx)
+	if err == nil && caughtUp {
+		err = p.foldEnded(ctx)
+	}
 	if now := time.Now(); err == nil && now.Sub(p.heard) >= pgHeartbeat {
 		p.heard = now
 		_, err = p.conn.Exec(ctx, "UPDATE ledgers SET heard = clock_timestamp(), caught_up = $2 WHERE ledger = $1", p.ledger, caughtUp)

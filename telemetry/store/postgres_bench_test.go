@@ -47,7 +47,7 @@ func BenchmarkIngestPostgres(b *testing.B) {
 				for _, row := range rows {
 					b.Log(row)
 				}
-				size = server.Rows(b, place.url, "SELECT sum(pg_relation_size(oid))::bigint FROM pg_class WHERE relnamespace = 'partnerguard'::regnamespace")[0]
+				size = server.Rows(b, place.url, "SELECT sum(CASE relkind WHEN 'r' THEN pg_table_size(oid) ELSE pg_relation_size(oid) END)::bigint FROM pg_class WHERE relnamespace = 'partnerguard'::regnamespace")[0]
 			}
 			b.Log("bytes", size)
 			b.ReportMetric(float64(cpu.Nanoseconds())/1000/float64(b.N*calls), "µs-cpu/call")

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"regexp"
 	"slices"
@@ -22,6 +23,7 @@ import (
 type postgresReader struct {
 	at   postgresConfig
 	pool *pgxpool.Pool
+	few  int // the constant; tests have fewer calls
 }
 
 // PostgresReader is a Reader of the fleet's database that also has what the guards
@@ -52,7 +54,7 @@ func OpenPostgresReader(ctx context.Context, url string) (PostgresReader, error)
 	if err != nil {
 		return nil, at.fail("open store", err)
 	}
-	r := &postgresReader{at: at, pool: pool}
+	r := &postgresReader{at: at, pool: pool, few: few}
 	opening, cancel := at.limit(ctx)
 	defer cancel()
 	err = pool.AcquireFunc(opening, func(c *pgxpool.Conn) error {
@@ -92,34 +94,119 @@ func (r *postgresReader) LastFinish(ctx context.Context) (uint64, error) {
 }
 
 func (r *postgresReader) Sums(ctx context.Context, since, until time.Time) ([]Sum, error) {
-	return r.sums(ctx, "sums", "''", since, until)
+	return r.sums(ctx, byRoute, since, until)
 }
 
 func (r *postgresReader) CustomerSums(ctx context.Context, since, until time.Time) ([]Sum, error) {
-	return r.sums(ctx, "customer_sums", "customer", since, until)
+	return r.sums(ctx, byCustomer, since, until)
 }
 
-func (r *postgresReader) sums(ctx context.Context, table, customer string, since, until time.Time) ([]Sum, error) {
-	var w conditions
-	w.hours(hourRange(since, until))
-	var sums []Sum
-	err := r.snapshot(ctx, func(ctx context.Context, tx pgx.Tx) error {
-		rows, err := tx.Query(ctx, `
-			SELECT `+narrowColumns+`, customer, n, first, last FROM (
-				SELECT dim, `+customer+` AS customer, sum(calls)::bigint AS n, min(first) AS first, max(last) AS last FROM `+table+` WHERE `+w.String()+` GROUP BY 1, 2
-			) AS s JOIN dims USING (dim)`, w.args...)
+func (r *postgresReader) sums(ctx context.Context, by int, since, until time.Time) (sums []Sum, err error) {
+	low, high := hourRange(since, until)
+	err = r.snapshot(ctx, func(ctx context.Context, tx pgx.Tx) error {
+		found := map[sumKey]*sumValue{}
+		if err := collectTallies(ctx, tx, by, low, high, found); err != nil {
+			return err
+		}
+		rest, err := unfoldedTallies(ctx, tx, by, low, high)
 		if err != nil {
 			return err
 		}
-		var s Sum
-		_, err = pgx.ForEachRow(rows, append(s.Dim.narrowFields(), &s.Customer, &s.Calls, &s.First, &s.Last), func() error {
-			s.First, s.Last = s.First.UTC(), s.Last.UTC()
-			sums = append(sums, s)
-			return nil
-		})
+		sums, err = joinSums(by, found, rest, func(dims map[int64]Dim) error { return readPostgresDims(ctx, tx, dims) })
 		return err
 	})
 	return sums, r.fail(err)
+}
+
+// collectTallies adds the folded calls that began in the hours from low to high: days as
+// a whole as far as they are there, the rest by the hour.
+func collectTallies(ctx context.Context, tx pgx.Tx, by int, low, high int64, found map[sumKey]*sumValue) error {
+	var days, hours conditions
+	days.add("kind = ?", by+ofDay)
+	whole := high
+	if high < endlessHour {
+		whole = high - 23
+	}
+	days.days((low+23)/24*24, whole)
+	hours.add("kind = ?", by+ofHour)
+	hours.days(low, high)
+	hours.add("start BETWEEN ? AND ?", clampHour(low), clampHour(high))
+	hours.sub("(ledger, day) NOT IN (SELECT ledger, day FROM tallies WHERE %s)", &days)
+	for _, w := range [...]conditions{days, hours} {
+		rows, err := tx.Query(ctx, "SELECT kind, start, entries FROM tallies WHERE "+w.String(), w.args...)
+		if err != nil {
+			return err
+		}
+		if err := eachTally(rows, func(_ int, _ int64, e sumEntry) bool { add(found, e.sumKey, e.sumValue); return true }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unfoldedTallies returns what the calls come to that the sums do not count yet. By
+// customer, the dims have a route yet.
+func unfoldedTallies(ctx context.Context, tx pgx.Tx, by int, low, high int64) (map[sumKey]sumValue, error) {
+	w, err := unfolded(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	w.days(low, high)
+	if low > 0 {
+		w.add(`"time" >= ?`, time.Unix(clampHour(low)*3600, 0))
+	}
+	if high < endlessHour {
+		w.add(`"time" < ?`, time.Unix(clampHour(high+1)*3600, 0))
+	}
+	customer := "''"
+	if by == byCustomer {
+		customer = customerText
+	}
+	rows, err := tx.Query(ctx, "SELECT dim, "+customer+`, count(*), min("time"), max("time") FROM calls WHERE `+w.String()+" GROUP BY 1, 2", w.args...)
+	if err != nil {
+		return nil, err
+	}
+	found := map[sumKey]sumValue{}
+	var key sumKey
+	var calls int64
+	var first, last time.Time
+	_, err = pgx.ForEachRow(rows, []any{&key.dim, &key.customer, &calls, &first, &last}, func() error {
+		found[key] = sumValue{calls, first.UnixMicro(), last.UnixMicro()}
+		return nil
+	})
+	return found, err
+}
+
+// unfolded is the condition on calls that the sums do not count yet. With a value for
+// each ledger, so that PostgreSQL sees that they are few.
+func unfolded(ctx context.Context, tx pgx.Tx) (conditions, error) {
+	rows, err := tx.Query(ctx, "SELECT ledger, folded FROM ledgers WHERE folded < seq")
+	if err != nil {
+		return conditions{}, err
+	}
+	behind := []string{"false"}
+	var ledger int32
+	var folded int64
+	_, err = pgx.ForEachRow(rows, []any{&ledger, &folded}, func() error {
+		behind = append(behind, fmt.Sprintf("ledger = %d AND seq > %d", ledger, folded))
+		return nil
+	})
+	return conditions{sql: []string{"(" + strings.Join(behind, " OR ") + ")"}}, err
+}
+
+// readPostgresDims sets the dims that are keys of dims.
+func readPostgresDims(ctx context.Context, tx pgx.Tx, dims map[int64]Dim) error {
+	rows, err := tx.Query(ctx, "SELECT dim, "+narrowColumns+" FROM dims WHERE dim = ANY($1)", slices.Collect(maps.Keys(dims)))
+	if err != nil {
+		return err
+	}
+	var dim int64
+	var d Dim
+	_, err = pgx.ForEachRow(rows, append([]any{&dim}, d.narrowFields()...), func() error {
+		dims[dim] = d
+		return nil
+	})
+	return err
 }
 
 func (r *postgresReader) Callers(ctx context.Context, since, until time.Time) ([]Caller, error) {
@@ -533,7 +620,7 @@ func (p stretch) days() string {
 	return fmt.Sprintf("day BETWEEN '%s' AND '%s'", dayTime(p.from).Format(time.DateOnly), dayTime(p.to).Format(time.DateOnly))
 }
 
-func dayOfHour(hour int32) int32 { return dayOf(time.Unix(int64(hour)*3600, 0)) }
+func dayOfHour(hour int64) int32 { return dayOf(time.Unix(hour*3600, 0)) }
 
 // plan returns where the calls lie that s selects, in order. The last part has those
 // that end from now on.
@@ -545,7 +632,7 @@ func (r *postgresReader) plan(ctx context.Context, s *selected, f Filter) (parts
 		}
 		if s.ids || len(s.dims.sql) == 0 && s.customer == "" && f.Since.IsZero() && f.Until.IsZero() {
 			parts = []stretch{{span: span{0, last}}}
-		} else if parts, err = s.parts(ctx, tx); err != nil {
+		} else if parts, err = s.parts(ctx, tx, r.few); err != nil {
 			return err
 		}
 		parts = append(parts, stretch{span: span{last + 1, endless}})
@@ -558,8 +645,8 @@ func (r *postgresReader) plan(ctx context.Context, s *selected, f Filter) (parts
 }
 
 // parts returns where the calls lie that s selects. Few are looked for themselves; of
-// more, hours without such a call are left out.
-func (s *selected) parts(ctx context.Context, tx pgx.Tx) ([]stretch, error) {
+// more, days without such a call are left out.
+func (s *selected) parts(ctx context.Context, tx pgx.Tx, few int) ([]stretch, error) {
 	if len(s.dims.sql) > 0 {
 		rows, err := tx.Query(ctx, fmt.Sprintf("SELECT dim FROM dims WHERE %s LIMIT %d", s.dims.String(), maxListed+1), s.dims.args...)
 		if err != nil {
@@ -589,28 +676,23 @@ func (s *selected) parts(ctx context.Context, tx pgx.Tx) ([]stretch, error) {
 			return []stretch{{span{*low, *high}, dayOf(*from), dayOf(*to)}}, nil
 		}
 	}
+	days, err := s.days(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
 	var w conditions
 	w.add("hour BETWEEN ? AND ?", int32(clampHour(s.low)), int32(clampHour(s.high)))
-	if len(s.dims.sql) > 0 {
-		var in conditions
-		in.hours(s.low, s.high)
-		s.addDims(&in)
-		w.sub("hour IN (SELECT hour FROM sums WHERE %s)", &in)
-	}
-	if s.customer != "" {
-		var in conditions
-		in.hours(s.low, s.high)
-		in.add("customer IN (?, ?)", s.customer, Other)
-		w.sub("hour IN (SELECT hour FROM customer_sums WHERE %s)", &in)
-	}
 	rows, err := tx.Query(ctx, "SELECT hour, min(low), max(high) FROM hours WHERE "+w.String()+" GROUP BY hour ORDER BY 2", w.args...)
 	if err != nil {
 		return nil, err
 	}
 	var parts []stretch
-	var hour int32
+	var hour int64
 	var one span
 	_, err = pgx.ForEachRow(rows, []any{&hour, &one.low, &one.high}, func() error {
+		if days != nil && !days[dayOfHour(hour)] {
+			return nil
+		}
 		this := stretch{one, dayOfHour(hour), dayOfHour(hour)}
 		if n := len(parts); n > 0 && one.low <= parts[n-1].high+nearby {
 			parts[n-1] = parts[n-1].with(this)
@@ -620,6 +702,55 @@ func (s *selected) parts(ctx context.Context, tx pgx.Tx) ([]stretch, error) {
 		return nil
 	})
 	return parts, err
+}
+
+// days returns the days that may have a call that s selects by its dim, nil for all.
+func (s *selected) days(ctx context.Context, tx pgx.Tx) (map[int32]bool, error) {
+	if len(s.dims.sql) == 0 {
+		return nil, nil
+	}
+	rows, err := tx.Query(ctx, "SELECT dim FROM dims WHERE "+s.dims.String(), s.dims.args...)
+	if err != nil {
+		return nil, err
+	}
+	dims := map[int64]bool{}
+	var dim int64
+	if _, err := pgx.ForEachRow(rows, []any{&dim}, func() error { dims[dim] = true; return nil }); err != nil {
+		return nil, err
+	}
+	days := map[int32]bool{}
+	var whole conditions
+	whole.add("kind = ?", byRoute+ofDay)
+	whole.days(s.low, s.high)
+	if rows, err = tx.Query(ctx, "SELECT kind, start, entries FROM tallies WHERE "+whole.String(), whole.args...); err != nil {
+		return nil, err
+	}
+	if err := eachTally(rows, func(_ int, day int64, e sumEntry) bool {
+		days[int32(day)] = days[int32(day)] || dims[e.dim]
+		return !days[int32(day)]
+	}); err != nil {
+		return nil, err
+	}
+	// Of others it is not known.
+	var hours conditions
+	hours.add("kind = ?", byRoute+ofHour)
+	hours.days(s.low, s.high)
+	hours.sub("(ledger, day) NOT IN (SELECT ledger, day FROM tallies WHERE %s)", &whole)
+	rest, err := unfolded(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	rest.days(s.low, s.high)
+	for table, w := range map[string]*conditions{"tallies": &hours, "calls": &rest} {
+		if rows, err = tx.Query(ctx, "SELECT DISTINCT day FROM "+table+" WHERE "+w.String(), w.args...); err != nil {
+			return nil, err
+		}
+		var day time.Time
+		if _, err = pgx.ForEachRow(rows, []any{&day}, func() error { days[dayOf(day)] = true; return nil }); err != nil {
+			return nil, err
+		}
+	}
+	return days, nil
 }
 
 // few is how many calls are found by what they have in common and then sorted; more are

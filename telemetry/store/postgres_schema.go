@@ -18,6 +18,8 @@ type migration struct {
 	// alone says 1, or what the one before it says.
 	compatibleFrom int
 	sql            string
+	// then, if not nil, does what SQL cannot, in the same transaction.
+	then func(ctx context.Context, tx pgx.Tx) error
 }
 
 // migrations are the schema. Times of calls are those of the guards, heard and
@@ -140,7 +142,7 @@ CREATE TABLE identities (
 	ledger integer, user_ref text, tid text NOT NULL, oid text NOT NULL, upn text NOT NULL,
 	PRIMARY KEY (ledger, user_ref)
 );
-`}, {2, `
+`, nil}, {2, `
 -- Bits of same, further: the request id, or the correlation id, is the call's own. A path
 -- that is its route with values for the names in braces is those in path_values (see
 -- packPath), or in neither column if it follows from route and customer.
@@ -159,12 +161,26 @@ ALTER TABLE sums DROP CONSTRAINT sums_pkey, ADD PRIMARY KEY (dim, hour, ledger, 
 ALTER TABLE customer_sums DROP CONSTRAINT customer_sums_pkey, ADD PRIMARY KEY (customer, dim, hour, ledger, day);
 CREATE INDEX ON dims (user_ref);
 CREATE INDEX ON dims (app_id);
-`}}
+`, nil}, {3, `
+-- Who writes holds the row of its ledger.
+LOCK TABLE ledgers IN ACCESS EXCLUSIVE MODE;
+
+-- What the calls of a ledger come to that began in an hour or on a day, for a kind of sums
+-- (see appendSums); start is the hour, or day, since 1970. A day has one from when a later
+-- one has begun on. Calls behind seq folded are not in them yet.
+CREATE TABLE tallies (
+	day date NOT NULL, ledger integer NOT NULL, kind integer NOT NULL, start bigint NOT NULL, entries bytea NOT NULL,
+	PRIMARY KEY (ledger, kind, start, day)
+) PARTITION BY RANGE (day);
+ALTER TABLE ledgers ADD COLUMN folded bigint NOT NULL DEFAULT 0;
+UPDATE ledgers SET folded = seq;
+ALTER TABLE calls DROP CONSTRAINT calls_pkey, ADD PRIMARY KEY (ledger, seq, day);
+`, foldSums}}
 
 // stagingTables are where rows wait that a batch brings.
 const stagingTables = `
 CREATE TEMPORARY TABLE staging (
-	ord integer, hour integer, customer_dim bigint, counted text, "time" timestamptz, seq bigint, dim bigint, detail bigint, token bigint, day date,
+	ord integer, hour integer, "time" timestamptz, seq bigint, dim bigint, detail bigint, token bigint, day date,
 	bytes_in bigint, bytes_out bigint, duration_us bigint, upstream_us bigint,
 	call uuid, request_id uuid, correlation_id uuid, upstream_request_id uuid, upstream_correlation_id uuid, customer uuid,
 	same smallint, path text, path_values bytea, rest json, odd text[], odd_folded text[]
@@ -178,7 +194,7 @@ CREATE TEMPORARY TABLE new_dims (hash uuid, day date,
 `
 
 // tables are those of the schema, to tell a foreign one.
-var tables = []string{"ledgers", "fleet", "calls", "dims", "details", "tokens", "sums", "customer_sums", "hours", "open", "gaps", "checkpoints", "identities"}
+var tables = []string{"ledgers", "fleet", "calls", "dims", "details", "tokens", "tallies", "hours", "open", "gaps", "checkpoints", "identities"}
 
 // migrate brings the schema to what this program knows, each step in a transaction of
 // its own. A newer schema is fine as long as it says so. A step takes the time that an
@@ -221,6 +237,11 @@ func (at postgresConfig) migrateOnce(ctx context.Context, conn *pgx.Conn, known 
 			}
 			return fmt.Errorf("migrate schema %s to version %d: %w", at.schema, version, err)
 		}
+		if step.then != nil {
+			if err := step.then(ctx, tx); err != nil {
+				return fmt.Errorf("migrate schema %s to version %d: %w", at.schema, version, err)
+			}
+		}
 		_, err := tx.Exec(ctx, "INSERT INTO migrations (version, compatible_from, program) VALUES ($1, $2, $3)", version, step.compatibleFrom, pgText(program))
 		return err
 	})
@@ -241,7 +262,7 @@ func (at postgresConfig) create(ctx context.Context, tx pgx.Tx) error {
 	}
 	var foreign []string
 	err := tx.QueryRow(ctx, "SELECT coalesce(array_agg(tablename::text ORDER BY tablename), '{}') FROM pg_tables WHERE schemaname = $1 AND tablename = ANY($2)",
-		at.schema, append([]string{"migrations"}, tables...)).Scan(&foreign)
+		at.schema, append([]string{"migrations", "sums", "customer_sums"}, tables...)).Scan(&foreign)
 	if err != nil {
 		return err
 	}
@@ -314,7 +335,7 @@ func (at postgresConfig) version(ctx context.Context, conn *pgx.Conn) (int, erro
 }
 
 // partitioned are the tables with a partition a day.
-var partitioned = []string{"calls", "details", "tokens", "sums", "customer_sums"}
+var partitioned = []string{"calls", "details", "tokens", "tallies"}
 
 const dayLayout = "20060102"
 
@@ -368,7 +389,7 @@ func (p *postgres) makeDays(ctx context.Context, days ...int32) error {
 				return err
 			}
 			for _, table := range partitioned {
-				child, with := table+"_"+name, ""
+				child := table + "_" + name
 				var there bool
 				if err := tx.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", child).Scan(&there); err != nil {
 					return err
@@ -376,11 +397,8 @@ func (p *postgres) makeDays(ctx context.Context, days ...int32) error {
 				if there {
 					continue
 				}
-				if strings.HasSuffix(table, "sums") {
-					with = "WITH (fillfactor = 85)" // its rows are written again and again
-				}
 				// Attached rather than made as a partition, which would keep all readers out.
-				if _, err := tx.Exec(ctx, fmt.Sprintf("CREATE TABLE %s (LIKE %s INCLUDING DEFAULTS INCLUDING STORAGE) %s", child, table, with)); err != nil {
+				if _, err := tx.Exec(ctx, fmt.Sprintf("CREATE TABLE %s (LIKE %s INCLUDING DEFAULTS INCLUDING STORAGE)", child, table)); err != nil {
 					return err
 				}
 				if _, err := tx.Exec(ctx, fmt.Sprintf("ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM ('%s') TO ('%s')", table, child, from, to)); err != nil {
@@ -402,7 +420,11 @@ func (p *postgres) makeDays(ctx context.Context, days ...int32) error {
 func (p *postgres) prune(ctx context.Context, cutoff time.Time) (done bool, err error) {
 	ctx, cancel := p.at.limit(ctx)
 	defer cancel()
-	if err := p.aheadDays(ctx); err != nil {
+	err = p.aheadDays(ctx)
+	if err == nil {
+		err = p.foldEnded(ctx)
+	}
+	if err != nil {
 		return false, p.at.fail("prune store", err)
 	}
 	var now time.Time
@@ -487,8 +509,7 @@ func (p *postgres) pruneTenants(ctx context.Context, cutoff time.Time) (done boo
 			continue
 		}
 		for _, q := range [...]struct{ table, join, tenant string }{
-			{"calls", "USING (dim)", "coalesce(t.rest->>'tid', tid)"}, {"sums", "USING (dim)", "tid"}, {"customer_sums", "USING (dim)", "tid"},
-			{"tokens", "ON dim = caller", "tid"},
+			{"calls", "USING (dim)", "coalesce(t.rest->>'tid', tid)"}, {"tokens", "ON dim = caller", "tid"},
 		} {
 			const some = 10_000 // so that no transaction is long
 			table := q.table + "_" + dayTime(day).Format(dayLayout)
@@ -497,6 +518,9 @@ func (p *postgres) pruneTenants(ctx context.Context, cutoff time.Time) (done boo
 			if err != nil || tag.RowsAffected() == some {
 				return false, err
 			}
+		}
+		if err := p.stripSums(ctx, day, cond, tenants); err != nil {
+			return false, err
 		}
 		if p.stripped == nil {
 			p.stripped = map[int32]string{}
@@ -562,6 +586,6 @@ func (p *postgres) forgetLedger(ctx context.Context) error {
 	if _, err := p.conn.Exec(last, "SELECT set_config('statement_timeout', $1, false)", milliseconds(pgStatementTimeout)); err != nil {
 		return err
 	}
-	_, err = p.conn.Exec(last, `UPDATE ledgers SET segment = 0, "offset" = 0, seq = 0, newest = NULL, caught_up = false, rebuild = false WHERE ledger = $1`, p.ledger)
+	_, err = p.conn.Exec(last, `UPDATE ledgers SET segment = 0, "offset" = 0, seq = 0, folded = 0, newest = NULL, caught_up = false, rebuild = false WHERE ledger = $1`, p.ledger)
 	return err
 }

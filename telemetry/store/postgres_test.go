@@ -369,7 +369,7 @@ func TestADatabaseInTroubleCostsNothing(t *testing.T) {
 		testTrouble(t, place, func(*Store) func() {
 			server.Exec(t, place.url, "INSERT INTO "+schema+".migrations VALUES (99, 99, 'newer')")
 			return func() { server.Exec(t, place.url, "DELETE FROM "+schema+".migrations WHERE version = 99") }
-		}, "needs a program that knows 99; this one knows 2")
+		}, "needs a program that knows 99; this one knows 3")
 	})
 	t.Run("further than it should be", func(t *testing.T) {
 		place := postgresShelf(t)
@@ -408,7 +408,7 @@ func TestTwoVersionsSideBySide(t *testing.T) {
 
 	// A newer program adds a column that the older one leaves alone.
 	at, conn := connectTo(t, place)
-	newer := append(slices.Clone(migrations), migration{1, "ALTER TABLE calls ADD COLUMN region text"})
+	newer := append(slices.Clone(migrations), migration{1, "ALTER TABLE calls ADD COLUMN region text", nil})
 	var wg sync.WaitGroup
 	for range 3 { // several at a time: one does it
 		wg.Go(func() {
@@ -445,16 +445,16 @@ func TestTwoVersionsSideBySide(t *testing.T) {
 	}
 
 	// Another one that the older cannot live with.
-	if err := at.migrate(t.Context(), conn, append(newer, migration{len(newer) + 1, "ALTER TABLE calls DROP COLUMN path"}), "newest"); err != nil {
+	if err := at.migrate(t.Context(), conn, append(newer, migration{len(newer) + 1, "ALTER TABLE calls DROP COLUMN path", nil}), "newest"); err != nil {
 		t.Fatal(err)
 	}
 	_, err := OpenPostgresReader(t.Context(), place.url)
-	if err == nil || !strings.Contains(err.Error(), "has version 4 and needs a program that knows 4; this one knows 2") || hintOf(err) == "" {
+	if err == nil || !strings.Contains(err.Error(), "has version 5 and needs a program that knows 5; this one knows 3") || hintOf(err) == "" {
 		t.Errorf("OpenPostgresReader = %v, hint %q", err, hintOf(err))
 	}
 
 	// A step that fails leaves nothing behind.
-	broken := append(slices.Clone(newer), migration{1, "CREATE TABLE half (n int)"}, migration{1, "CREATE TABLE half (n int); SELECT 1/0"})
+	broken := append(slices.Clone(newer), migration{1, "CREATE TABLE half (n int)", nil}, migration{1, "CREATE TABLE half (n int); SELECT 1/0", nil})
 	if err := at.migrate(t.Context(), conn, broken, "broken"); err == nil {
 		t.Error("a broken migration succeeds")
 	}
@@ -483,26 +483,30 @@ func TestWhatTheFirstVersionStoredIsReadAsItWas(t *testing.T) {
 		t.Fatal(err)
 	}
 	var tables strings.Builder
-	for _, table := range partitioned {
+	for _, table := range []string{"calls", "details", "tokens", "sums", "customer_sums"} {
 		fmt.Fprintf(&tables, "CREATE TABLE %[1]s_20260710 PARTITION OF %[1]s FOR VALUES FROM ('2026-07-10') TO ('2026-07-11');", table)
 	}
 	const first, second, request = "7d1f0a52-9b3c-4c1e-8f60-000000000001", "7d1f0a52-9b3c-4c1e-8f60-000000000002", "7d1f0a52-9b3c-4c1e-8f60-0000000000aa"
+	const customer = "7d1f0a52-9b3c-4c1e-8f60-0000000000cc"
 	if _, err := conn.Exec(t.Context(), tables.String()+`
-		INSERT INTO ledgers (id, instance, version, retention) VALUES (gen_random_uuid(), 'guard-1', 'first', -1);
+		INSERT INTO ledgers (id, instance, version, retention, seq) VALUES (gen_random_uuid(), 'guard-1', 'first', -1, 4);
 		INSERT INTO dims (hash, day, integration, owner, tid, app_id, user_ref, kind, verified, route, mode, effect, reason, would_reject, status, rejection, code, mfa, mfa_compliant, amr)
-			SELECT gen_random_uuid(), '2026-07-10', 'billing', '', '', '', '', 'app_user', true, route, 'audit', 'forwarded', 'mfa_present', false, 200, '', '', 'present', '', '' FROM unnest(ARRAY['/v1/customers', '/v1/invoices/{invoice-id}']) AS route;
+			SELECT gen_random_uuid(), '2026-07-10', 'billing', '', '', '', '', 'app_user', true, route, 'audit', 'forwarded', 'mfa_present', false, 200, '', '', 'present', '', '' FROM unnest(ARRAY['/v1/customers', '/v1/invoices/{invoice-id}', '']) AS route;
 		INSERT INTO details SELECT '2026-07-10', 1, 2, 1, 0, 'guard-1', 'main', '', 'GET', '', 'partner-center', '', '', '', '', '', '';
 		INSERT INTO calls (finish, "time", seq, dim, detail, day, ledger, call, request_id, correlation_id, same, path) VALUES
 			(1, '2026-07-10 01:00Z', 2, 1, 2, '2026-07-10', 1, '`+first+`', '`+request+`', '`+first+`', 3, NULL),
 			(2, '2026-07-10 02:00Z', 4, 2, 2, '2026-07-10', 1, '`+second+`', NULL, NULL, 0, '/v1/invoices/G01');
 		INSERT INTO hours VALUES (495385, 1, 1, 1), (495386, 1, 2, 2);
+		INSERT INTO sums VALUES ('2026-07-10', 1, 495385, 1, 1, '2026-07-10 01:00Z', '2026-07-10 01:00Z'), ('2026-07-10', 2, 495386, 1, 7, '2026-07-10 02:00Z', '2026-07-10 02:59:59.999999Z');
+		INSERT INTO customer_sums VALUES ('2026-07-10', 3, 495385, 1, '', 1, '2026-07-10 01:00Z', '2026-07-10 01:00Z'), ('2026-07-10', 3, 495386, 1, '`+customer+`', 5, '2026-07-10 02:00Z', '2026-07-10 02:00Z'),
+			('2026-07-10', 3, 495386, 1, 'no GUID', 2, '2026-07-10 02:00Z', '2026-07-10 02:00Z');
 		UPDATE fleet SET finish = 2`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := OpenPostgresReader(t.Context(), place.url); err == nil || !strings.Contains(err.Error(), "has version 1, this program needs 2") {
+	if _, err := OpenPostgresReader(t.Context(), place.url); err == nil || !strings.Contains(err.Error(), "has version 1, this program needs 3") {
 		t.Errorf("before the upgrade: %v", err)
 	}
-	if err := at.migrate(t.Context(), conn, migrations, "second"); err != nil {
+	if err := at.migrate(t.Context(), conn, migrations, "now"); err != nil {
 		t.Fatal(err)
 	}
 	r, err := OpenPostgresReader(t.Context(), place.url)
@@ -527,6 +531,24 @@ func TestWhatTheFirstVersionStoredIsReadAsItWas(t *testing.T) {
 		}); err != nil || !slices.Equal(got, c.want) {
 			t.Errorf("%s: %v, %v; want %v", name, got, err, c.want)
 		}
+	}
+	got := map[string]string{}
+	for _, sum := range readSums(t, r) {
+		got[sum.Route] = fmt.Sprintln(sum.Calls, sum.First.Format(time.TimeOnly), sum.Last.Format("15:04:05.000000"))
+	}
+	customers, err := r.CustomerSums(t.Context(), time.Time{}, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sum := range customers {
+		got["of "+sum.Customer] = fmt.Sprint(sum.Route, sum.Calls)
+	}
+	want := map[string]string{
+		"/v1/customers": "1 01:00:00 01:00:00.000000\n", "/v1/invoices/{invoice-id}": "7 02:00:00 02:59:59.999999\n",
+		"of ": "1", "of " + customer: "5", "of no GUID": "2",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("sums (-want +got):\n%s", diff)
 	}
 }
 

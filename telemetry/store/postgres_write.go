@@ -73,18 +73,21 @@ func (p *postgres) write(ctx context.Context, b *batch) error {
 	}
 	rest.Queue(`UPDATE ledgers SET segment = $2, "offset" = $3, seq = $4, newest = $5, caught_up = $6, heard = clock_timestamp() WHERE ledger = $1`,
 		p.ledger, int64(b.position.Segment), b.position.Offset, int64(b.seq), newest, b.caughtUp)
-	if len(b.calls) > 0 {
-		rest.Queue(addSums, p.ledger)
-		rest.Queue(addCustomerSums, p.ledger)
-		rest.Queue(addCalls, p.ledger, int64(len(b.calls)))
+	for i := range ended {
+		p.count(&ended[i])
+	}
+	if p.pending.behind || p.pending.calls >= p.foldAt {
+		if err := p.fold(ctx, &rest); err != nil {
+			return err
+		}
+	}
+	if len(ended) > 0 {
+		rest.Queue(addCalls, p.ledger, int64(len(ended)))
 	}
 	rest.Queue("COMMIT")
 	b.in.pace()
-	if err := p.conn.SendBatch(ctx, &rest).Close(); err != nil {
+	if err := p.finish(ctx, &rest); err != nil {
 		return err
-	}
-	if p.conn.PgConn().TxStatus() != 'I' {
-		return errors.New("the transaction did not end")
 	}
 	for _, o := range b.started {
 		o.stored, o.line = true, ""
@@ -110,18 +113,6 @@ func (p *postgres) start(ctx context.Context) error {
 	}
 	return p.at.compatible(version, needed, len(migrations))
 }
-
-const addSums = `
-	INSERT INTO sums (day, dim, hour, ledger, calls, first, last)
-	SELECT day, dim, hour, $1, count(*), min("time"), max("time") FROM staging GROUP BY day, dim, hour
-	ON CONFLICT (day, dim, hour, ledger) DO UPDATE SET
-		calls = sums.calls + excluded.calls, first = least(sums.first, excluded.first), last = greatest(sums.last, excluded.last)`
-
-const addCustomerSums = `
-	INSERT INTO customer_sums (day, dim, hour, ledger, customer, calls, first, last)
-	SELECT day, customer_dim, hour, $1, counted, count(*), min("time"), max("time") FROM staging GROUP BY day, customer_dim, hour, counted
-	ON CONFLICT (day, dim, hour, ledger, customer) DO UPDATE SET
-		calls = customer_sums.calls + excluded.calls, first = least(customer_sums.first, excluded.first), last = greatest(customer_sums.last, excluded.last)`
 
 // addCalls comes last: until the transaction ends, no other guard's calls come in.
 const addCalls = `
@@ -180,43 +171,12 @@ type pgRow struct {
 // pgAdmitted is what the calls of a day count under so far: those of this ledger.
 type pgAdmitted struct {
 	dims      map[uuid.UUID]bool
-	customers map[pgCustomer]bool
+	customers map[pgCustomer]string // the customer again, as a string that may be kept
 }
 
 type pgCustomer struct {
 	customer string
 	dim      uuid.UUID
-}
-
-// admittedOn returns what is admitted on day.
-func (p *postgres) admittedOn(ctx context.Context, day int32) (*pgAdmitted, error) {
-	if a := p.admitted[day]; a != nil {
-		return a, nil
-	}
-	a := &pgAdmitted{map[uuid.UUID]bool{}, map[pgCustomer]bool{}}
-	var hash [16]byte
-	var customer string
-	for query, into := range map[string][]any{
-		"SELECT DISTINCT hash, '' FROM sums JOIN dims USING (dim) WHERE sums.day = $1 AND ledger = $2":               {&hash, nil},
-		"SELECT DISTINCT hash, customer FROM customer_sums s JOIN dims USING (dim) WHERE s.day = $1 AND ledger = $2": {&hash, &customer},
-	} {
-		rows, err := p.conn.Query(ctx, query, dayTime(day), p.ledger)
-		if err != nil {
-			return nil, err
-		}
-		if _, err := pgx.ForEachRow(rows, into, func() error {
-			if into[1] == nil {
-				a.dims[hash] = true
-			} else {
-				a.customers[pgCustomer{customer, hash}] = true
-			}
-			return nil
-		}); err != nil {
-			return nil, err
-		}
-	}
-	p.admitted[day] = a
-	return a, nil
 }
 
 // findDims returns the rows of calls, with the dims that they count under, which it has
@@ -226,17 +186,11 @@ func (p *postgres) findDims(ctx context.Context, calls []*openCall) ([]pgRow, er
 		clear(p.admitted)
 	}
 	rows := make([]pgRow, 0, len(calls))
-	missing := map[*pgDim]int32{} // the day each needs
-	need := func(e *pgDim, day int32) {
-		if e.id == 0 || e.day < day {
-			missing[e] = max(missing[e], day)
-		}
-	}
+	need := dimDays{}
 	for _, o := range calls {
 		p.joiner.pace()
-		r := pgRow{Call: &o.call, customer: o.call.Customer}
-		day := dayOf(r.Time)
-		a, err := p.admittedOn(ctx, day)
+		r := pgRow{Call: &o.call}
+		a, err := p.admittedOn(ctx, dayOf(r.Time))
 		if err != nil {
 			return nil, err
 		}
@@ -252,25 +206,13 @@ func (p *postgres) findDims(ctx context.Context, calls []*openCall) ([]pgRow, er
 		if r.rest, err = restOf(r.Call, counted); err != nil {
 			return nil, err
 		}
-		if r.dim.noRoute == nil {
-			without := *counted
-			without.Route = ""
-			r.dim.noRoute = p.entry(&without)
-		}
-		r.customerDim = r.dim.noRoute
-		key := pgCustomer{r.customer, r.customerDim.hash}
-		if !a.customers[key] && r.customer != "" && len(a.customers) >= p.maxCustomers || len(r.customer) > maxFolded {
-			key.customer = Other
-		}
-		a.customers[key] = true
-		r.customer = key.customer
-		need(r.dim, day)
-		need(r.customerDim, day)
+		p.underCustomer(a, &r, counted)
+		need.add(&r)
 		rows = append(rows, r)
 	}
 	// Both in one order, as a finish grows with seq.
 	slices.SortFunc(rows, func(a, b pgRow) int { return cmp.Compare(a.Finish, b.Finish) })
-	return rows, p.storeDims(ctx, missing)
+	return rows, p.storeDims(ctx, need)
 }
 
 // entry is the dim of a call as it counts.
@@ -291,7 +233,7 @@ func (p *postgres) entry(counted *Call) *pgDim {
 
 // storeDims stores dims, each as needed on a day. They are the fleet's: their rows are
 // locked in the order of their hash.
-func (p *postgres) storeDims(ctx context.Context, missing map[*pgDim]int32) error {
+func (p *postgres) storeDims(ctx context.Context, missing dimDays) error {
 	if len(missing) == 0 {
 		return nil
 	}
@@ -563,11 +505,9 @@ func (c *copyBuffer) call(ord int32, call *pgRow) {
 	if correlation != "" && correlation == call.ID {
 		correlation, same = "", same|ownCorrelation
 	}
-	c.row(26)
+	c.row(24)
 	c.int4(ord)
 	c.int4(int32(hourOf(call.Time)))
-	c.int8(call.customerDim.id)
-	c.text(call.customer)
 	c.time(call.Time)
 	for _, n := range [...]int64{int64(call.Finish), call.dim.id, call.detail} {
 		c.int8(n)

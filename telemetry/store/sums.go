@@ -133,6 +133,16 @@ func (r *sqliteReader) sums(ctx context.Context, by int, since, until time.Time)
 	if err != nil {
 		return nil, r.fail(err)
 	}
+	sums, err := joinSums(by, found, unfolded, func(dims map[int64]Dim) error { return readDims(ctx, tx, dims) })
+	if err != nil {
+		return nil, r.fail(err)
+	}
+	return sums, nil
+}
+
+// joinSums adds what is not folded to what is. By customer its dims have a route yet,
+// which does not count. read sets the dims that are keys of dims.
+func joinSums(by int, found map[sumKey]*sumValue, unfolded map[sumKey]sumValue, read func(dims map[int64]Dim) error) ([]Sum, error) {
 	if by == byRoute {
 		for key, v := range unfolded {
 			add(found, key, v)
@@ -146,8 +156,8 @@ func (r *sqliteReader) sums(ctx context.Context, by int, since, until time.Time)
 	for key := range unfolded {
 		dims[key.dim] = Dim{}
 	}
-	if err := readDims(ctx, tx, dims); err != nil {
-		return nil, r.fail(err)
+	if err := read(dims); err != nil {
+		return nil, err
 	}
 	as := func(key sumKey) Dim {
 		d := dims[key.dim]

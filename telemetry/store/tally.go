@@ -46,6 +46,26 @@ func (v sumValue) plus(w sumValue) sumValue {
 	return sumValue{v.calls + w.calls, min(v.first, w.first), max(v.last, w.last)}
 }
 
+// tally is what calls come to that no sums were written of yet: by kind and hour.
+type tally [byCustomer + 1]map[int64]map[sumKey]sumValue
+
+func newTally() (t tally) {
+	for _, by := range [...]int{byRoute, byCustomer} {
+		t[by] = map[int64]map[sumKey]sumValue{}
+	}
+	return t
+}
+
+// count counts a call that began at a time, in microseconds since 1970.
+func (t *tally) count(by int, hour int64, key sumKey, at int64) {
+	sums := t[by][hour]
+	if sums == nil {
+		sums = map[sumKey]sumValue{}
+		t[by][hour] = sums
+	}
+	sums[key] = sums[key].plus(sumValue{1, at, at})
+}
+
 type sumEntry struct {
 	sumKey
 	sumValue
