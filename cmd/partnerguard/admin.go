@@ -440,7 +440,7 @@ func (d *daemon) health() map[string]string {
 		parts["ledger"] = fmt.Sprintf("the last sync failed: %v", s.SyncErr)
 	}
 	if s := d.store.Status(); s.Err != nil {
-		parts["store"] = s.Err.Error()
+		parts["store"] = strings.NewReplacer(":\n\t", ": ", "\n\t", "; ").Replace(s.Err.Error()) // one line, also of several hosts
 	}
 	now := time.Now()
 	for _, k := range g.verifier.Status() {

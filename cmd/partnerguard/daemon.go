@@ -107,13 +107,14 @@ func start(ctx context.Context, dc daemonConfig) (_ *daemon, err error) {
 	}); err != nil {
 		return nil, err
 	}
-	url, err := storePlace{postgres: cfg.Store.Postgres, env: dc.env}.url()
+	place := storePlace{postgres: cfg.Store.Postgres, env: dc.env}
+	url, err := place.url()
 	if err != nil {
 		return nil, err
 	}
 	if d.store, err = store.Open(store.Config{
 		Dir: dc.dir, Retention: cfg.Ledger.Retention, TenantRetention: cfg.Ledger.TenantRetention(),
-		Postgres: url, Instance: d.instance, Version: version(), Pseudonymous: cfg.Ledger.Identities == config.PseudonymousIdentities,
+		Postgres: url, CurrentPostgres: place.url, Instance: d.instance, Version: version(), Pseudonymous: cfg.Ledger.Identities == config.PseudonymousIdentities,
 		Event: func(e store.Event) {
 			d.event("store", e.Kind != store.Recovered, string(e.Kind), e.Err, "file", e.Path)
 		},
@@ -278,8 +279,10 @@ func (d *daemon) run() {
 func (d *daemon) watchHealth() {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
+	told := "" // of the store
 	for {
 		d.watchTokens()
+		told = d.watchStore(told)
 		d.health()
 		d.notify(systemd.SdNotifyWatchdog)
 		select {
@@ -306,6 +309,21 @@ func (d *daemon) watchTokens() {
 		d.log.Info("tokens can be verified again", "unverifiable", broken, "verified", verified)
 	}
 	d.tokens.Store(&text)
+}
+
+// watchStore tells, once, what to do about the store, and returns that. What made it
+// fail at first, which was told then, is often only the end of a connection.
+func (d *daemon) watchStore(told string) string {
+	err := d.store.Status().Err
+	hint := hintIn(err)
+	switch {
+	case err == nil:
+		return ""
+	case hint == "" || hint == told:
+		return told
+	}
+	d.event("store", true, string(store.Failing), err, "hint", hint)
+	return hint
 }
 
 // notify tells systemd, where it runs this process and asked to be told.

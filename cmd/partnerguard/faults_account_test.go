@@ -8,12 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/partnerguard/partnerguard/telemetry/ledger"
+	"github.com/partnerguard/partnerguard/telemetry/store"
 )
 
 // leave is what a fault may do to the account. The zero value asks for all of it.
@@ -308,7 +310,13 @@ func (s *scene) upstreamSaw(decisions, outcomes, logged map[string]recorded) {
 func (s *scene) storeAgrees(decisions, outcomes map[string]recorded) {
 	t := s.t
 	t.Helper()
-	stored := storedCalls(t, s.dir)
+	var stored map[string]store.Call
+	if s.database == "" {
+		stored = storedCalls(t, s.dir)
+	} else {
+		stored = fleetCalls(t, s.database)
+		maps.DeleteFunc(stored, func(_ string, c store.Call) bool { return c.Instance != s.instance })
+	}
 	if len(stored) != len(decisions) {
 		t.Errorf("the store has %d calls, the ledger %d", len(stored), len(decisions))
 	}

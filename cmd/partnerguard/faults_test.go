@@ -72,6 +72,8 @@ type scene struct {
 	tokens  []loadToken
 	rest    resources // of the guard before its first call
 	counted int       // unrecorded calls, by the metric; -1 when nobody looked
+
+	database, instance string // of its fleet; empty: its store is SQLite
 }
 
 // loadToken is a token of the load, and what a sound guard in enforce mode makes of it.

@@ -356,7 +356,8 @@ func (d *daemon) openACME(all *config.Config) (*listen.ACME, error) {
 
 // certificateStorage is the storage of the fleet's certificates, not yet connected.
 func certificateStorage(cfg *config.Config, instance string, env func(string) string) (*listen.PostgresStorage, error) {
-	url, err := cfg.Store.Postgres.Read(env)
+	current := func() (string, error) { return cfg.Store.Postgres.Read(env) }
+	url, err := current()
 	if err != nil {
 		return nil, fmt.Errorf("store.postgres: %w", err)
 	}
@@ -364,7 +365,7 @@ func certificateStorage(cfg *config.Config, instance string, env func(string) st
 	if err != nil {
 		return nil, fmt.Errorf("acme.storage_key: %w", err)
 	}
-	s, err := listen.OpenPostgres(listen.PostgresConfig{URL: url, Key: key, Instance: instance})
+	s, err := listen.OpenPostgres(listen.PostgresConfig{URL: url, CurrentURL: current, Key: key, Instance: instance})
 	if err != nil {
 		return nil, fmt.Errorf("acme.storage: %w", err)
 	}

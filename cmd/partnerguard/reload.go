@@ -144,6 +144,9 @@ func (d *daemon) next(old *generation) (*generation, []config.Change, error) {
 	if len(fixed) > 0 {
 		return nil, nil, fmt.Errorf("%w: %s cannot change while the guard runs", errNeedsRestart, strings.Join(fixed, ", "))
 	}
+	if _, err := (storePlace{postgres: cfg.Store.Postgres, env: d.env}).describe(); err != nil {
+		return nil, nil, err // the store itself keeps the URL that it has, and says nothing
+	}
 	files, err := hashFiles(cfg.Files())
 	if err != nil {
 		return nil, nil, err

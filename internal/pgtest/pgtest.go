@@ -4,6 +4,7 @@ package pgtest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -27,10 +28,11 @@ import (
 // It does not sync to disk: it survives Kill, which is the loss of a process, and
 // no loss of power.
 //
-// NewDatabase, NewRole, Exec and Rows are safe for concurrent use. Stop, Kill,
-// Freeze and Restart are for one goroutine at a time.
+// NewDatabase, NewRole, Exec and Rows are safe for concurrent use. The others, which
+// change what runs, are for one goroutine at a time.
 type Server struct {
-	home     string // holds data, certificates and log; owned by the server's user
+	home     string // holds certificates, log and, without Disks, data; owned by the server's user
+	disks    Disks
 	port     int
 	user     account
 	password string
@@ -55,8 +57,22 @@ const startTimeout = time.Minute
 // Tests that stop it need their own; the others better share one, see Shared.
 func Start(t testing.TB) *Server {
 	t.Helper()
+	return StartOn(t, Disks{})
+}
+
+// Disks are directories for what a server may run out of room for. They may be the
+// roots of file systems, need not be empty, and users other than the test's must be
+// able to make files there. Empty: with the rest, in the temporary directory.
+type Disks struct {
+	Data string // tables, and all that has no place of its own
+	WAL  string // the write-ahead log, in segments of 1 MiB
+}
+
+// StartOn is Start with some files elsewhere.
+func StartOn(t testing.TB, disks Disks) *Server {
+	t.Helper()
 	bin := programs(t)
-	s, err := create(bin)
+	s, err := create(bin, disks)
 	if s != nil {
 		t.Cleanup(s.remove)
 	}
@@ -133,6 +149,21 @@ func (s *Server) Kill(t testing.TB) {
 	s.signal(t, os.Kill)
 }
 
+// AwaitEnd returns when the server has ended by itself, as PostgreSQL does when it
+// cannot go on. Restart starts it again.
+func (s *Server) AwaitEnd(t testing.TB) {
+	t.Helper()
+	if s.process == nil {
+		t.Fatal("postgres does not run")
+	}
+	select {
+	case <-s.exited:
+		s.process = nil
+	case <-time.After(startTimeout):
+		t.Fatalf("postgres does not end:\n%s", s.log())
+	}
+}
+
 // Freeze stops the server's processes where they are, and returns what lets them
 // go on: connections stay open and are still taken by the kernel, but nobody
 // answers, as when the network loses every packet.
@@ -184,41 +215,58 @@ func query(database, sql string) ([]string, error) {
 
 // create makes a cluster and starts it. On an error after the directory was made
 // the server is returned, to be removed.
-func create(bin string) (s *Server, err error) {
+func create(bin string, disks Disks) (s *Server, err error) {
+	s, err = newServer(disks)
+	if err != nil {
+		return s, err
+	}
+	home := s.home
+	secret := filepath.Join(home, "password")
+	if err := s.user.write(secret, []byte(s.password)); err != nil {
+		return s, err
+	}
+	args := []string{"--pgdata", s.data(), "--username", owner, "--pwfile", secret,
+		"--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C", "--no-sync"}
+	if disks.WAL != "" {
+		args = append(args, "--waldir", s.wal(), "--wal-segsize", "1")
+	}
+	initdb := exec.Command(filepath.Join(bin, "initdb"), args...)
+	s.user.run(initdb)
+	initdb.Dir = home
+	if out, err := initdb.CombinedOutput(); err != nil {
+		return s, fmt.Errorf("initdb: %w\n%s", err, out)
+	}
+	return s, s.startAnywhere(bin)
+}
+
+// newServer is a server without data. On an error after its directory was made it is
+// returned, to be removed.
+func newServer(disks Disks) (s *Server, err error) {
 	home, err := os.MkdirTemp("", "pgtest")
 	if err != nil {
 		return nil, err
 	}
-	s = &Server{home: home, password: "s3cret-pässword/@:"}
+	s = &Server{home: home, disks: disks, password: "s3cret-pässword/@:"}
 	if s.user, err = unprivileged(); err != nil {
 		return s, err
 	}
 	if s.ca, err = s.writeCertificate(); err != nil {
 		return s, err
 	}
-	secret := filepath.Join(home, "password")
-	if err := s.user.write(secret, []byte(s.password)); err != nil {
-		return s, err
-	}
-	if err := s.user.own(home); err != nil {
-		return s, err
-	}
-	initdb := exec.Command(filepath.Join(bin, "initdb"), "--pgdata", s.data(), "--username", owner, "--pwfile", secret,
-		"--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C", "--no-sync")
-	s.user.run(initdb)
-	initdb.Dir = home
-	if out, err := initdb.CombinedOutput(); err != nil {
-		return s, fmt.Errorf("initdb: %w\n%s", err, out)
-	}
+	return s, s.user.own(home)
+}
+
+// startAnywhere starts the server for the first time, on a free port.
+func (s *Server) startAnywhere(bin string) (err error) {
 	for range 5 { // somebody else may take the port meanwhile
 		if s.port, err = freePort(); err != nil {
-			return s, err
+			return err
 		}
 		if err = s.start(bin); err == nil || !strings.Contains(err.Error(), "Address already in use") {
 			break
 		}
 	}
-	return s, err
+	return err
 }
 
 // start runs the server and waits until it takes connections.
@@ -310,10 +358,15 @@ func (s *Server) remove() {
 	if s.process != nil {
 		s.end(os.Interrupt)
 	}
+	os.RemoveAll(s.data())
+	os.RemoveAll(s.wal())
 	os.RemoveAll(s.home)
 }
 
-func (s *Server) data() string { return filepath.Join(s.home, "data") }
+func (s *Server) data() string { return filepath.Join(cmp.Or(s.disks.Data, s.home), "data") }
+
+// wal is where the write-ahead log is, if it has a disk of its own.
+func (s *Server) wal() string { return filepath.Join(cmp.Or(s.disks.WAL, s.home), "wal") }
 
 // log is the end of the server's log.
 func (s *Server) log() string {
@@ -351,7 +404,7 @@ func (s *Shared) NewDatabase(t testing.TB) string {
 func (s *Shared) Server(t testing.TB) *Server {
 	t.Helper()
 	bin := programs(t)
-	s.once.Do(func() { s.server, s.err = create(bin) })
+	s.once.Do(func() { s.server, s.err = create(bin, Disks{}) })
 	if s.err != nil {
 		t.Fatal(s.err)
 	}

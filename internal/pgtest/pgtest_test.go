@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -94,4 +95,62 @@ func TestTLSIsVerified(t *testing.T) {
 	if _, err := query(strings.Replace(database, "sslmode=disable", "sslmode=verify-full", 1), "SELECT 1"); err == nil {
 		t.Error("a certificate that nobody vouches for is accepted")
 	}
+}
+
+func TestStandbyTakesOver(t *testing.T) {
+	primary := Start(t)
+	standby := primary.Standby(t)
+	primary.Exec(t, primary.URL("postgres"), "CREATE TABLE calls (n int); INSERT INTO calls VALUES (1)")
+	rows := func(s *Server) []string { return s.Rows(t, s.URL("postgres"), "SELECT n FROM calls") }
+	for deadline := time.Now().Add(startTimeout); ; time.Sleep(20 * time.Millisecond) {
+		there := standby.Rows(t, standby.URL("postgres"), "SELECT to_regclass('calls') IS NOT NULL")[0] == "t"
+		if there && len(rows(standby)) == 1 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the standby does not follow")
+		}
+	}
+	both := URLOfAny(t, "postgres", standby, primary)
+	port := func() string { return shared.Server(t).Rows(t, both, "SHOW port")[0] }
+	if got := strings.TrimPrefix(primary.Address(), "127.0.0.1:"); port() != got {
+		t.Errorf("port %s takes writes, want the primary's, %s", port(), got)
+	}
+	standby.Detach(t)
+	primary.Exec(t, primary.URL("postgres"), "INSERT INTO calls VALUES (2)")
+	primary.Kill(t)
+	standby.Promote(t)
+	standby.Exec(t, both, "INSERT INTO calls VALUES (3)")
+	if diff := cmp.Diff([]string{"1", "3"}, rows(standby)); diff != "" {
+		t.Errorf("the promoted server's rows (-want +got):\n%s", diff)
+	}
+	primary.Restart(t)
+	if diff := cmp.Diff([]string{"1", "2"}, rows(primary)); diff != "" {
+		t.Errorf("the old primary's rows (-want +got):\n%s", diff)
+	}
+}
+
+func TestServerThatEndsByItself(t *testing.T) {
+	dir := t.TempDir()
+	for d := dir; d != os.TempDir() && len(d) > 1; d = filepath.Dir(d) {
+		os.Chmod(d, 0o777)
+	}
+	s := StartOn(t, Disks{WAL: dir})
+	// One process killed takes the others with it.
+	s.Exec(t, s.URL("postgres"), "CREATE TABLE calls (n int)")
+	pid := s.process.Process.Pid
+	children := childrenOf(pid)
+	if len(children) == 0 {
+		t.Skip("the server's processes cannot be listed")
+	}
+	p, err := os.FindProcess(children[0])
+	if err == nil {
+		err = p.Kill()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.AwaitEnd(t)
+	s.Restart(t)
+	s.Exec(t, s.URL("postgres"), "INSERT INTO calls VALUES (1)")
 }

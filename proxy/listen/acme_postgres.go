@@ -63,6 +63,10 @@ type PostgresConfig struct {
 	// it holds a password. The tables are in the schema "partnerguard", or in the
 	// first that search_path names.
 	URL string
+	// CurrentURL returns what URL would be now. It is asked for each connection: a
+	// password that changed needs no restart. What is an error, or no URL, leaves the one
+	// before. Nil: URL stands.
+	CurrentURL func() (string, error)
 	// Key encrypts the values: 32 bytes in base64 ("openssl rand -base64 32"). All
 	// guards of the fleet have the same. What another key has encrypted cannot be
 	// read; to change the key, give all guards the new one and empty the table: they
@@ -110,18 +114,20 @@ func OpenPostgres(cfg PostgresConfig) (*PostgresStorage, error) {
 		return nil, errors.New("its database must be given as postgres://USER:PASSWORD@HOST/DATABASE") // what is wrong with it may be the password
 	}
 	pc.MaxConns, pc.MinConns = storageConnections, 0
-	pc.ConnConfig.ConnectTimeout = cmp.Or(pc.ConnConfig.ConnectTimeout, storageTimeout)
-	// No prepared statements, which poolers like PgBouncer may lose.
-	pc.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
-	if pc.ConnConfig.RuntimeParams["application_name"] == "" {
-		pc.ConnConfig.RuntimeParams["application_name"] = "partnerguard acme"
+	schema := storageSession(pc.ConnConfig)
+	if cfg.CurrentURL != nil {
+		pc.BeforeConnect = func(_ context.Context, cc *pgx.ConnConfig) error {
+			url, err := cfg.CurrentURL()
+			if err != nil || url == "" {
+				return nil
+			}
+			if now, err := pgxpool.ParseConfig(url); err == nil {
+				storageSession(now.ConnConfig)
+				*cc = *now.ConnConfig
+			}
+			return nil
+		}
 	}
-	schema := "partnerguard"
-	if given := pc.ConnConfig.RuntimeParams["search_path"]; given != "" {
-		first, _, _ := strings.Cut(given, ",")
-		schema = strings.Trim(strings.TrimSpace(first), `"`)
-	}
-	pc.ConnConfig.RuntimeParams["search_path"] = pgx.Identifier{schema}.Sanitize()
 	pool, err := pgxpool.NewWithConfig(context.Background(), pc)
 	if err != nil {
 		return nil, fmt.Errorf("prepare ACME storage: %w", err)
@@ -132,6 +138,27 @@ func OpenPostgres(cfg PostgresConfig) (*PostgresStorage, error) {
 	}
 	s.leases, s.stop = context.WithCancel(context.Background())
 	return s, nil
+}
+
+// storageSession makes cc's settings those of the storage, and returns the schema.
+func storageSession(cc *pgx.ConnConfig) (schema string) {
+	cc.ConnectTimeout = cmp.Or(cc.ConnectTimeout, storageTimeout)
+	// No prepared statements, which poolers like PgBouncer may lose.
+	cc.DefaultQueryExecMode = pgx.QueryExecModeExec
+	several := slices.ContainsFunc(cc.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.Host != cc.Host || f.Port != cc.Port })
+	if several && cc.ValidateConnect == nil { // the first may be a standby
+		cc.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	}
+	if cc.RuntimeParams["application_name"] == "" {
+		cc.RuntimeParams["application_name"] = "partnerguard acme"
+	}
+	schema = "partnerguard"
+	if given := cc.RuntimeParams["search_path"]; given != "" {
+		first, _, _ := strings.Cut(given, ",")
+		schema = strings.Trim(strings.TrimSpace(first), `"`)
+	}
+	cc.RuntimeParams["search_path"] = pgx.Identifier{schema}.Sanitize()
+	return schema
 }
 
 // Close gives up what is held and ends the connections. Nothing may be called

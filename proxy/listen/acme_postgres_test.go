@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -304,6 +305,58 @@ func TestStorageWhileTheDatabaseIsDown(t *testing.T) {
 	s.Load(t.Context(), "a")
 	if err := s.Store(t.Context(), "a", []byte("2")); err != nil {
 		t.Errorf("after the table was lost: %v", err)
+	}
+}
+
+func TestStorageFollowsThePrimary(t *testing.T) {
+	t.Parallel()
+	primary := pgtest.Start(t)
+	standby := primary.Standby(t)
+	url := strings.Replace(pgtest.URLOfAny(t, "postgres", standby, primary), "&target_session_attrs=read-write", "", 1)
+	s := openStorage(t, PostgresConfig{URL: url, Key: fleetKey()})
+	if err := s.Store(t.Context(), "a", []byte("1")); err != nil {
+		t.Fatalf("with the standby as the first host: %v", err)
+	}
+	primary.Stop(t) // after it gave the standby all it had
+	standby.Promote(t)
+	s.Load(t.Context(), "a") // may notice that the connection is gone
+	if got, err := s.Load(t.Context(), "a"); err != nil || string(got) != "1" {
+		t.Errorf("after the switch-over, Load = %q, %v", got, err)
+	}
+	if err := s.Store(t.Context(), "a", []byte("2")); err != nil {
+		t.Errorf("after the switch-over: %v", err)
+	}
+}
+
+func TestStorageTakesAChangedPassword(t *testing.T) {
+	t.Parallel()
+	url := postgres.NewDatabase(t)
+	change := func(password string) string {
+		return postgres.Server(t).NewRole(t, url, "acme_rotated", password)
+	}
+	first := change("hunter2")
+	postgres.Server(t).Exec(t, url, "CREATE SCHEMA partnerguard AUTHORIZATION acme_rotated")
+	var current atomic.Pointer[string]
+	current.Store(&first)
+	s := openStorage(t, PostgresConfig{URL: first, CurrentURL: func() (string, error) {
+		if now := current.Load(); now != nil {
+			return *now, nil
+		}
+		return "", errors.New("it cannot be read just now")
+	}, Key: fleetKey()})
+	if err := s.Store(t.Context(), "a", []byte("1")); err != nil {
+		t.Fatal(err)
+	}
+	current.Store(nil)
+	s.pool.Reset() // every connection ends
+	if _, err := s.Load(t.Context(), "a"); err != nil {
+		t.Errorf("with the URL from before: %v", err)
+	}
+	second := change("hunter3")
+	current.Store(&second)
+	s.pool.Reset()
+	if got, err := s.Load(t.Context(), "a"); err != nil || string(got) != "1" {
+		t.Errorf("after the password changed, Load = %q, %v", got, err)
 	}
 }
 

@@ -116,11 +116,16 @@ func parsePostgres(dsn string) (postgresConfig, error) {
 
 // String names the database, without user and password.
 func (at postgresConfig) String() string {
-	host := at.conn.Host
-	if !strings.HasPrefix(host, "/") {
-		host = net.JoinHostPort(host, strconv.Itoa(int(at.conn.Port)))
+	var hosts []string
+	for _, server := range append([]*pgconn.FallbackConfig{{Host: at.conn.Host, Port: at.conn.Port}}, at.conn.Fallbacks...) {
+		host := server.Host
+		if !strings.HasPrefix(host, "/") {
+			host = net.JoinHostPort(host, strconv.Itoa(int(server.Port)))
+		}
+		hosts = append(hosts, host)
 	}
-	return "PostgreSQL " + host + "/" + at.conn.Database
+	// Each is there twice where a connection may be encrypted or not.
+	return "PostgreSQL " + strings.Join(slices.Compact(hosts), ",") + "/" + at.conn.Database
 }
 
 // DescribePostgres says where a database is that Config.Postgres names, and how the
@@ -219,16 +224,21 @@ func (at postgresConfig) fail(doing string, err error) error {
 		hint = fmt.Sprintf("let a DBA run: CREATE SCHEMA IF NOT EXISTS %[1]s; GRANT ALL ON SCHEMA %[1]s TO the role of the guards; tables that another role made must belong to that role",
 			pgx.Identifier{at.schema}.Sanitize())
 	case "25006":
-		hint = "the server is a standby or read-only; name the primary, or all servers with target_session_attrs=read-write"
+		hint = readOnlyHint
 	case "53300":
 		hint = "every guard needs one connection, every reader up to four: raise max_connections or the role's connection limit"
 	case "53100", "53200":
 		hint = "give the database server room; nothing is lost while the guards' ledgers keep it"
 	default:
-		return out
+		if !errors.Is(err, pgconn.ErrReadOnlyConnection) && !errors.Is(err, pgconn.ErrStandbyConnection) {
+			return out
+		}
+		hint = readOnlyHint
 	}
 	return &hintError{out, hint}
 }
+
+const readOnlyHint = "no server that the URL names takes writes: promote one, or name the one that does; several hosts, separated by commas, are tried in order"
 
 // code is PostgreSQL's code of err, empty when err is not PostgreSQL's.
 func code(err error) string {
@@ -276,6 +286,7 @@ func (p *postgres) open(ctx context.Context) (*joiner, error) {
 
 // connect connects, sees to the schema, and takes the lock of the ledger.
 func (p *postgres) connect(ctx context.Context) (err error) {
+	p.renew()
 	limited, cancel := p.at.limit(ctx)
 	defer cancel()
 	if p.conn, err = pgx.ConnectConfig(limited, p.at.session("partnerguard "+p.cfg.Instance, false)); err != nil {
@@ -297,6 +308,21 @@ func (p *postgres) connect(ctx context.Context) (err error) {
 		RETURNING ledger, rebuild`, p.id, pgText(p.cfg.Instance), pgText(p.cfg.Version), retention).Scan(&p.ledger, &unfinished)
 	p.rebuild = p.rebuild || unfinished
 	return err
+}
+
+// renew takes the URL as it stands now. Where that cannot be read, or is none, the one
+// before may still do.
+func (p *postgres) renew() {
+	if p.cfg.CurrentPostgres == nil {
+		return
+	}
+	url, err := p.cfg.CurrentPostgres()
+	if err != nil || url == "" {
+		return
+	}
+	if at, err := parsePostgres(url); err == nil {
+		p.at.conn, p.at.schema = at.conn, at.schema
+	}
 }
 
 // longest is how long the guard's calls may be needed; less than 0 for ever.

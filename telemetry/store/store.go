@@ -43,6 +43,10 @@ type Config struct {
 	// Postgres is the fleet's database, as a URL (postgres://user@host/name) or in the
 	// form key=value; see docs/fleet.md. Empty: SQLite in Dir.
 	Postgres string
+	// CurrentPostgres returns what Postgres would be now. It is asked for each connection:
+	// a password that changed needs no restart. What is an error, or no URL, leaves the
+	// one before. Nil: Postgres stands.
+	CurrentPostgres func() (string, error)
 	// Instance names this guard to the fleet. With Postgres only.
 	Instance string
 	// Version is this program's, for the operator of the database. With Postgres only.
