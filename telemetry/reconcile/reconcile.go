@@ -374,7 +374,7 @@ func readOurs(ctx context.Context, cfg *Config) (*ours, error) {
 			o.apps[strings.ToLower(s.AppID)] = append(o.apps[strings.ToLower(s.AppID)], s)
 		}
 		if o.refs != nil {
-			o.refs.add(&s.Dim)
+			o.refs.add(s.Dim)
 		}
 		if object := strings.ToLower(o.objectOf(s.UserRef)); object != "" {
 			o.users[object] = append(o.users[object], s)

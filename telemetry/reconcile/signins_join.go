@@ -214,7 +214,7 @@ func (j *signInJoin) readCallers(ctx context.Context) error {
 				continue
 			}
 			if j.refs != nil {
-				j.refs.add(&s.Dim)
+				j.refs.add(s.Dim)
 			}
 			// What only an unverified token claims says nothing about who called.
 			if s.Verified && s.AppID != "" {

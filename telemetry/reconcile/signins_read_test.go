@@ -551,7 +551,7 @@ func (f fixedTokens) Sums(_ context.Context, since, until time.Time) (sums []sto
 		if at := time.Unix(t.IssuedAt, 0).UTC(); !users[t.UserRef] && !at.Before(since) && at.Before(until) {
 			users[t.UserRef] = true
 			sums = append(sums, store.Sum{
-				Dim:   store.Dim{Integration: t.Integration, AppID: t.AppID, UserRef: t.UserRef, Verified: true, Kind: "app_user", MFA: t.MFA, Reason: "mfa_missing"},
+				Dim:   &store.Dim{Integration: t.Integration, AppID: t.AppID, UserRef: t.UserRef, Verified: true, Kind: "app_user", MFA: t.MFA, Reason: "mfa_missing"},
 				Calls: 1, First: at, Last: at,
 			})
 		}

@@ -80,7 +80,7 @@ func scanCall(rows *sql.Rows) (c, counted Call, err error) {
 	if err != nil {
 		return Call{}, Call{}, err
 	}
-	d.Customer = customer
+	c.Customer = customer
 	d.into(&c)
 	counted = c
 	if left.Valid {

@@ -188,7 +188,7 @@ func (s *shelf) content(t *testing.T) string {
 	t.Helper()
 	r := s.reader(t)
 	defer r.Close()
-	return fmt.Sprintf("%+v\n%+v", readCalls(t, r, Filter{}), readSums(t, r))
+	return saidBy(t, r)
 }
 
 func TestARowHoldsEveryFieldOfDecisionAndOutcome(t *testing.T) {

@@ -190,7 +190,7 @@ func (p *postgres) loadFold(ctx context.Context) error {
 	}
 	var all []row
 	var one row
-	into := append([]any{&one.seq, &one.Time, &one.id, &one.dim.Customer}, one.dim.narrowFields()...)
+	into := append([]any{&one.seq, &one.Time, &one.id, &one.Customer}, one.dim.narrowFields()...)
 	if _, err := pgx.ForEachRow(rows, into, func() error {
 		all = append(all, one)
 		return nil

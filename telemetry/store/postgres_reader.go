@@ -914,7 +914,7 @@ func (s *selected) read(ctx context.Context, tx pgx.Tx, p stretch, n int) ([]Cal
 		var path *string
 		var values, left []byte
 		into := []any{&finish, &c.Time, &c.ID, &c.RequestID, &c.CorrelationID, &c.UpstreamRequestID, &c.UpstreamCorrelationID,
-			&d.Customer, &path, &values, &left, &c.UTI, &c.IssuedAt, &c.ExpiresAt, &c.BytesIn, &c.BytesOut, &duration, &upstream}
+			&c.Customer, &path, &values, &left, &c.UTI, &c.IssuedAt, &c.ExpiresAt, &c.BytesIn, &c.BytesOut, &duration, &upstream}
 		into = append(into, d.narrowFields()...)
 		into = append(into, &c.Generation, &c.Replays, &c.Instance, &c.Listener, &c.Peer, &c.Method, &names, &c.Upstream, &c.Evidence,
 			&c.Rule, &c.Application, &c.UserAgent, &c.UpstreamStatus, &c.Error)
@@ -941,7 +941,7 @@ func (s *selected) read(ctx context.Context, tx pgx.Tx, p stretch, n int) ([]Cal
 		case values != nil:
 			packed = values
 		}
-		if c.Path, err = unpackPath(packed, c.Route, d.Customer); err != nil {
+		if c.Path, err = unpackPath(packed, c.Route, c.Customer); err != nil {
 			return nil, fmt.Errorf("read call %s: %w", c.ID, err)
 		}
 		calls = append(calls, c)

@@ -100,8 +100,8 @@ func answersOf(t *testing.T, r Reader) []string {
 		calls, outcomes, err := r.Gaps(ctx, span[0], span[1])
 		must(err)
 		answers = append(answers,
-			sorted(len(sums), func(i int) string { return fmt.Sprintf("%+v", sums[i]) }),
-			sorted(len(customers), func(i int) string { return fmt.Sprintf("%+v", customers[i]) }),
+			sorted(len(sums), func(i int) string { return sumText(sums[i]) }),
+			sorted(len(customers), func(i int) string { return sumText(customers[i]) }),
 			sorted(len(callers), func(i int) string { return fmt.Sprintf("%+v", callers[i]) }),
 			sorted(len(tokens), func(i int) string { return fmt.Sprintf("%+v", tokens[i]) }),
 			fmt.Sprint(calls, outcomes))

@@ -152,8 +152,27 @@ func readSums(t *testing.T, r Reader) []Sum {
 	if err != nil {
 		t.Fatal(err)
 	}
-	slices.SortFunc(sums, func(a, b Sum) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+	slices.SortFunc(sums, func(a, b Sum) int { return strings.Compare(sumText(a), sumText(b)) })
 	return sums
+}
+
+func sumText(s Sum) string {
+	return fmt.Sprintf("%q %+v %d %v %v", s.Customer, *s.Dim, s.Calls, s.First, s.Last)
+}
+
+// saidBy is all that r says: the calls, and what they come to.
+func saidBy(t *testing.T, r Reader) string {
+	t.Helper()
+	customers, err := r.CustomerSums(t.Context(), time.Time{}, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sums []string
+	for _, s := range append(readSums(t, r), customers...) {
+		sums = append(sums, sumText(s))
+	}
+	slices.Sort(sums)
+	return fmt.Sprintf("%+v\n%s", readCalls(t, r, Filter{}), strings.Join(sums, "\n"))
 }
 
 // content is all that a directory's store says.
@@ -161,7 +180,7 @@ func content(t *testing.T, dir string) string {
 	t.Helper()
 	r := openReader(t, dir)
 	defer r.Close()
-	return fmt.Sprintf("%+v\n%+v", readCalls(t, r, Filter{}), readSums(t, r))
+	return saidBy(t, r)
 }
 
 // onBothSidesOfTheFold runs a test with calls that are folded as they come, and with
@@ -176,7 +195,9 @@ func sample() *journal {
 	j := &journal{}
 	j.append(ledger.TypeHeader, `"version":1`)
 	for i := range 6 {
-		j.decide(callAt(i))
+		c := callAt(i)
+		c.Customer = []string{"", "7d1f0a52-9b3c-4c1e-8f60-2a5b9c0d1e11", "c-1"}[i%3]
+		j.decide(c)
 		if i > 0 {
 			end := callAt(i - 1)
 			if i%2 == 0 {

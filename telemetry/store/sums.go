@@ -27,7 +27,6 @@ type Dim struct {
 	UserRef     string
 	Kind        string
 	Verified    bool
-	Customer    string // of CustomerSums only
 	Route       string // not of CustomerSums
 	Mode        string
 	Effect      string
@@ -42,9 +41,10 @@ type Dim struct {
 	AMR          string // a JSON array of strings
 }
 
-// Sum counts calls that ended and have Dim in common.
+// Sum counts calls that ended and have Dim in common, which it shares with other sums.
 type Sum struct {
-	Dim
+	*Dim
+	Customer    string // of CustomerSums only
 	Calls       int64
 	First, Last time.Time // when the earliest and the latest of them began, UTC
 }
@@ -73,7 +73,7 @@ func (d *Dim) Token() policy.Token {
 func dimOf(c *Call) Dim {
 	d := Dim{
 		Integration: c.Integration, Owner: c.Owner, TenantID: c.TenantID, AppID: c.AppID, UserRef: c.UserRef,
-		Kind: c.Kind, Verified: c.Verified, Customer: c.Customer, Route: c.Route, Mode: c.Mode,
+		Kind: c.Kind, Verified: c.Verified, Route: c.Route, Mode: c.Mode,
 		Effect: c.Effect, Reason: c.Reason, WouldReject: c.WouldReject, Status: c.Status,
 		Rejection: c.Rejection, Code: c.Code, MFA: c.MFA, AMR: listText(c.AMR),
 	}
@@ -86,7 +86,7 @@ func dimOf(c *Call) Dim {
 // into gives c what d says.
 func (d *Dim) into(c *Call) {
 	c.Integration, c.Owner, c.TenantID, c.AppID, c.UserRef = d.Integration, d.Owner, d.TenantID, d.AppID, d.UserRef
-	c.Kind, c.Verified, c.Customer, c.Route, c.Mode = d.Kind, d.Verified, d.Customer, d.Route, d.Mode
+	c.Kind, c.Verified, c.Route, c.Mode = d.Kind, d.Verified, d.Route, d.Mode
 	c.Effect, c.Reason, c.WouldReject, c.Status = d.Effect, d.Reason, d.WouldReject, d.Status
 	c.Rejection, c.Code, c.MFA, c.AMR = d.Rejection, d.Code, d.MFA, d.Methods()
 	if d.MFACompliant != "" {
@@ -96,7 +96,7 @@ func (d *Dim) into(c *Call) {
 }
 
 // narrowColumns are the columns of a Dim in PostgreSQL, in the order of narrow and
-// narrowFields, without the customer: of these there are too many for a row each.
+// narrowFields.
 const narrowColumns = `integration, owner, tid, app_id, user_ref, kind, verified, route, mode,
 	effect, reason, would_reject, status, rejection, code, mfa, mfa_compliant, amr`
 
@@ -159,32 +159,39 @@ func joinSums(by int, found map[sumKey]*sumValue, unfolded map[sumKey]sumValue, 
 	if err := read(dims); err != nil {
 		return nil, err
 	}
-	as := func(key sumKey) Dim {
-		d := dims[key.dim]
+	shared, of := make(map[Dim]*Dim, len(dims)), make(map[int64]*Dim, len(dims))
+	for id, d := range dims {
 		if by == byCustomer {
-			d.Customer, d.Route = key.customer, ""
+			d.Route = ""
 		}
-		return d
+		if shared[d] == nil {
+			shared[d] = &d
+		}
+		of[id] = shared[d]
 	}
-	rest := make(map[Dim]sumValue, len(unfolded))
+	type what struct {
+		dim      *Dim
+		customer string
+	}
+	rest := make(map[what]sumValue, len(unfolded))
 	for key, v := range unfolded {
-		d := as(key)
-		rest[d] = rest[d].plus(v)
+		w := what{of[key.dim], key.customer}
+		rest[w] = rest[w].plus(v)
 	}
 	sums := make([]Sum, 0, len(found)+len(rest))
-	put := func(d Dim, v sumValue) {
-		sums = append(sums, Sum{d, v.calls, time.UnixMicro(v.first).UTC(), time.UnixMicro(v.last).UTC()})
+	put := func(w what, v sumValue) {
+		sums = append(sums, Sum{w.dim, w.customer, v.calls, time.UnixMicro(v.first).UTC(), time.UnixMicro(v.last).UTC()})
 	}
 	for key, v := range found {
-		d := as(key)
-		if len(rest) > 0 {
-			*v = v.plus(rest[d])
-			delete(rest, d)
+		w := what{of[key.dim], key.customer}
+		if also, ok := rest[w]; ok {
+			*v = v.plus(also)
+			delete(rest, w)
 		}
-		put(d, *v)
+		put(w, *v)
 	}
-	for d, v := range rest {
-		put(d, v)
+	for w, v := range rest {
+		put(w, v)
 	}
 	return sums, nil
 }

@@ -71,25 +71,28 @@ func summed[K comparable](calls []Call, of func(*Call) K) map[K]sumValue {
 }
 
 // again is what sums come to, by what of says of their Dim.
-func again[K comparable](t *testing.T, sums []Sum, distinct bool, of func(*Dim) K) map[K]sumValue {
+func again[K comparable](t *testing.T, sums []Sum, distinct bool, of func(*Sum) K) map[K]sumValue {
 	t.Helper()
 	out := map[K]sumValue{}
 	for _, s := range sums {
-		key := of(&s.Dim)
+		key := of(&s)
 		if _, ok := out[key]; ok && distinct {
-			t.Errorf("two sums of %+v", s.Dim)
+			t.Errorf("two sums of %+v", key)
 		}
 		out[key] = out[key].plus(sumValue{s.Calls, s.First.UnixMicro(), s.Last.UnixMicro()})
 	}
 	return out
 }
 
-func narrowed(d Dim) Dim   { d.Customer = ""; return d }
-func customered(d Dim) Dim { d.Route = ""; return d }
+// ofCustomer is what the calls of a sum by customer have in common.
+type ofCustomer struct {
+	Dim
+	Customer string
+}
 
 // bounded is what of a Dim no caller can make many of.
 func bounded(d Dim) Dim {
-	d.Customer, d.Route, d.TenantID, d.AppID, d.UserRef, d.Owner, d.Code, d.AMR = "", "", "", "", "", "", "", ""
+	d.Route, d.TenantID, d.AppID, d.UserRef, d.Owner, d.Code, d.AMR = "", "", "", "", "", "", ""
 	return d
 }
 
@@ -118,8 +121,8 @@ func checkSums(t *testing.T, r Reader, since, until time.Time, whole bool) {
 			t.Errorf("%s from %v to %v (-the calls +the sums):\n%s", what, since, until, diff)
 		}
 	}
-	compare("bounded sums", summed(calls, func(c *Call) Dim { return bounded(dimOf(c)) }), again(t, sums, false, func(d *Dim) Dim { return bounded(*d) }))
-	compare("bounded sums by customer", summed(calls, func(c *Call) Dim { return bounded(dimOf(c)) }), again(t, customers, false, func(d *Dim) Dim { return bounded(*d) }))
+	compare("bounded sums", summed(calls, func(c *Call) Dim { return bounded(dimOf(c)) }), again(t, sums, false, func(s *Sum) Dim { return bounded(*s.Dim) }))
+	compare("bounded sums by customer", summed(calls, func(c *Call) Dim { return bounded(dimOf(c)) }), again(t, customers, false, func(s *Sum) Dim { return bounded(*s.Dim) }))
 	callers, err := r.Callers(t.Context(), since, until)
 	if err != nil {
 		t.Fatal(err)
@@ -132,8 +135,12 @@ func checkSums(t *testing.T, r Reader, since, until time.Time, whole bool) {
 	if !whole {
 		return
 	}
-	compare("sums", summed(calls, func(c *Call) Dim { return narrowed(dimOf(c)) }), again(t, sums, true, func(d *Dim) Dim { return *d }))
-	compare("sums by customer", summed(calls, func(c *Call) Dim { return customered(dimOf(c)) }), again(t, customers, true, func(d *Dim) Dim { return *d }))
+	compare("sums", summed(calls, dimOf), again(t, sums, true, func(s *Sum) Dim { return *s.Dim }))
+	compare("sums by customer", summed(calls, func(c *Call) ofCustomer {
+		d := dimOf(c)
+		d.Route = ""
+		return ofCustomer{d, c.Customer}
+	}), again(t, customers, true, func(s *Sum) ofCustomer { return ofCustomer{*s.Dim, s.Customer} }))
 	want := summed(calls, func(c *Call) Caller {
 		return Caller{Integration: c.Integration, Owner: c.Owner, TenantID: c.TenantID, AppID: c.AppID, UserRef: c.UserRef, Kind: c.Kind, Verified: c.Verified}
 	})
@@ -305,7 +312,7 @@ func checkBound(t *testing.T, r Reader) {
 		if wide := len(summed(calls, func(c *Call) Dim { return bounded(dimOf(c)) })); len(sums) > 24+4*wide {
 			t.Errorf("%v has %d sums, want at most 24 and some for each of the %d that are bounded", day, len(sums), wide)
 		}
-		if all := len(summed(calls, func(c *Call) Dim { return narrowed(dimOf(c)) })); all < 40 {
+		if all := len(summed(calls, dimOf)); all < 40 {
 			t.Errorf("%v has calls of %d dims only: the test tests nothing", day, all)
 		}
 	}
