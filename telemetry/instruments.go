@@ -29,6 +29,8 @@ type instruments struct {
 	intruders  atomic.Int64 // wrong credentials on the admin listener
 	reloads    counters[reloadResult]
 
+	droppedSpans atomic.Int64
+
 	reconcileFailures atomic.Int64
 	reconciled        atomic.Pointer[Reconciled] // nil before the first success
 
@@ -104,7 +106,7 @@ type (
 // durationBuckets span a refusal from memory (100 µs) to an SDK's patience (180 s).
 var durationBuckets = []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 180}
 
-func newInstruments(m metric.Meter, log *CallLog) (*instruments, error) {
+func newInstruments(m metric.Meter, log *CallLog, errs *exportErrors) (*instruments, error) {
 	in := &instruments{}
 	var err error
 	must := func(e error) {
@@ -114,8 +116,8 @@ func newInstruments(m metric.Meter, log *CallLog) (*instruments, error) {
 	}
 	// Counters are kept here and observed when they are asked for: a call then costs
 	// an atomic addition instead of a walk through the SDK.
-	observe := func(name, about string, values func(func(int64, metric.ObserveOption))) {
-		c, e := m.Int64ObservableCounter(name, metric.WithDescription(about))
+	observe := func(name, unit, about string, values func(func(int64, metric.ObserveOption))) {
+		c, e := m.Int64ObservableCounter(name, metric.WithUnit("{"+unit+"}"), metric.WithDescription(about))
 		must(e)
 		_, e = m.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 			values(func(n int64, set metric.ObserveOption) { o.ObserveInt64(c, n, set) })
@@ -141,19 +143,21 @@ func newInstruments(m metric.Meter, log *CallLog) (*instruments, error) {
 		must(e)
 		return g
 	}
-	observe("partnerguard.calls", "Calls, by integration, mode, effect, reason and class of the status that the client got.", in.calls.all)
-	observe("partnerguard.rejections", "Microsoft's 401 and 403, by integration and kind.", in.rejections.all)
-	observe("partnerguard.mfa_compliance", "Microsoft's own verdict (isMfaCompliant), by integration.", in.compliant.all)
-	observe("partnerguard.unrecorded_calls", "Calls that the ledger lacks, wholly or in part, by integration.", in.unrecorded.all)
-	observe("partnerguard.replays", "Times net/http sent a safe request again over a fresh connection.", one(in.replays.Load))
-	observe("partnerguard.unparsed_requests", "Requests that were refused as malformed, or given up, before there was a call.", one(in.unparsed.Load))
-	observe("partnerguard.refused_connections", "Connections closed at once because the listener had as many as it takes.", one(in.refused.Load))
-	observe("partnerguard.admin.refused_credentials", "Requests to the admin listener with a wrong token.", one(in.intruders.Load))
-	observe("partnerguard.reloads", "Reloads of the configuration, by result.", in.reloads.all)
-	observe("partnerguard.reconcile.failures", "Runs of reconcile on schedule that failed.", one(in.reconcileFailures.Load))
+	observe("partnerguard.calls", "call", "Calls, by integration, mode, effect, reason and class of the status that the client got.", in.calls.all)
+	observe("partnerguard.rejections", "call", "Microsoft's 401 and 403, by integration and kind.", in.rejections.all)
+	observe("partnerguard.mfa_compliance", "call", "Microsoft's own verdict (isMfaCompliant), by integration.", in.compliant.all)
+	observe("partnerguard.unrecorded_calls", "call", "Calls that the ledger lacks, wholly or in part, by integration.", in.unrecorded.all)
+	observe("partnerguard.replays", "request", "Times net/http sent a safe request again over a fresh connection.", one(in.replays.Load))
+	observe("partnerguard.unparsed_requests", "request", "Requests that were refused as malformed, or given up, before there was a call.", one(in.unparsed.Load))
+	observe("partnerguard.refused_connections", "connection", "Connections closed at once because the listener had as many as it takes.", one(in.refused.Load))
+	observe("partnerguard.admin.refused_credentials", "request", "Requests to the admin listener with a wrong token.", one(in.intruders.Load))
+	observe("partnerguard.reloads", "reload", "Reloads of the configuration, by result.", in.reloads.all)
+	observe("partnerguard.reconcile.failures", "run", "Runs of reconcile on schedule that failed.", one(in.reconcileFailures.Load))
 	must(in.observeReconciled(m))
+	observe("partnerguard.dropped_spans", "span", "Spans that were not sent: the queue was full, or the export failed.", one(in.droppedSpans.Load))
+	observe("partnerguard.export_errors", "error", "Errors that OpenTelemetry reported, such as an export that failed.", one(errs.n.Load))
 	if log != nil {
-		observe("partnerguard.log_dropped_lines", "Log lines dropped because the reader of the log was too slow.", one(log.Dropped))
+		observe("partnerguard.log_dropped_lines", "line", "Log lines dropped because the reader of the log was too slow.", one(log.Dropped))
 	}
 	in.duration.h = seconds("partnerguard.call.duration", "Time of a call from its header to the end of the answer, by integration and effect.")
 	in.upstreamTime.h = seconds("partnerguard.upstream.duration", "Time until the upstream's response header.")

@@ -11,6 +11,10 @@ import (
 	"fmt"
 	"net/http"
 	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
 
 	"github.com/partnerguard/partnerguard/policy"
 	"github.com/partnerguard/partnerguard/proxy"
@@ -19,8 +23,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"go.opentelemetry.io/contrib/exporters/autoexport"
 	"go.opentelemetry.io/contrib/instrumentation/net/http/otelhttp"
+	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
 	otelprometheus "go.opentelemetry.io/otel/exporters/prometheus"
+	"go.opentelemetry.io/otel/metric"
 	"go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/propagation"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
@@ -60,6 +67,13 @@ func New(ctx context.Context, cfg Config) (*Telemetry, error) {
 	if env == nil {
 		env = func(string) string { return "" }
 	}
+	// OpenTelemetry has one handler in a process; its own writes text to stderr, into
+	// the midst of our log.
+	errs := &exportErrors{}
+	if cfg.Log != nil {
+		errs.log = cfg.Log.Slog()
+	}
+	otel.SetErrorHandler(errs)
 	res, err := resource.New(ctx, resource.WithFromEnv(), resource.WithTelemetrySDK(),
 		resource.WithAttributes(
 			attribute.String("service.name", "partnerguard"),
@@ -93,7 +107,8 @@ func New(ctx context.Context, cfg Config) (*Telemetry, error) {
 		options = append(options, sdkmetric.WithReader(reader))
 	}
 	t.meters = sdkmetric.NewMeterProvider(options...)
-	if t.instruments, err = newInstruments(t.meters.Meter("github.com/partnerguard/partnerguard"), cfg.Log); err != nil {
+	meter := t.meters.Meter("github.com/partnerguard/partnerguard", metric.WithInstrumentationVersion(cfg.Version))
+	if t.instruments, err = newInstruments(meter, cfg.Log, errs); err != nil {
 		return nil, err
 	}
 	t.build(cfg.Version, runtime.Version())
@@ -102,7 +117,8 @@ func New(ctx context.Context, cfg Config) (*Telemetry, error) {
 		if err != nil {
 			return nil, fmt.Errorf("set up the export of traces: %w", err)
 		}
-		t.tracers = sdktrace.NewTracerProvider(sdktrace.WithResource(res), sdktrace.WithBatcher(exporter))
+		t.tracers = sdktrace.NewTracerProvider(sdktrace.WithResource(res),
+			sdktrace.WithSpanProcessor(newSpanQueue(exporter, env, &t.droppedSpans)))
 	}
 	return t, nil
 }
@@ -150,35 +166,76 @@ func (t *Telemetry) Observe(ctx context.Context, rec *proxy.Record, unrecorded e
 
 // Shutdown sends what is still queued, until ctx ends.
 func (t *Telemetry) Shutdown(ctx context.Context) error {
-	err := t.meters.Shutdown(ctx)
+	var traces error
+	var group sync.WaitGroup
 	if t.tracers != nil {
-		err = errors.Join(err, t.tracers.Shutdown(ctx))
+		// Side by side: the targets may differ, and one may be away.
+		group.Go(func() { traces = t.tracers.Shutdown(ctx) })
 	}
-	return err
+	metrics := t.meters.Shutdown(ctx)
+	group.Wait()
+	return errors.Join(metrics, traces)
 }
 
 // describe names the span and gives it the record's facts, those that a trace may
 // hold: no path, no query, no user.
 func describe(span trace.Span, rec *proxy.Record) {
-	name := rec.Method
+	name := strings.ToUpper(rec.Method)
+	if !slices.Contains(knownMethods, name) {
+		name = "HTTP" // as the conventions have it: anyone can make methods up
+	}
 	if rec.Route != "" {
 		name += " " + rec.Route
 	}
 	span.SetName(name)
-	span.SetAttributes(
-		attribute.String("partnerguard.call", rec.Call.String()),
-		attribute.String("partnerguard.integration", rec.Integration),
-		attribute.String("partnerguard.mode", rec.Mode.String()),
-		attribute.String("partnerguard.effect", rec.Effect.String()),
-		attribute.String("partnerguard.reason", string(rec.Reason)),
-		attribute.String("partnerguard.mfa", rec.Token.MFA.String()),
-		attribute.String("partnerguard.rejection", string(rec.Rejection)),
-		attribute.String("partnerguard.error", rec.Error),
-		attribute.String("partnerguard.request_id", rec.RequestID),
-		attribute.String("http.route", rec.Route),
+	attributes := []attribute.KeyValue{
 		// otelhttp put the raw path here, which names customers and users.
 		attribute.String("url.path", rec.Route),
 		// otelhttp takes X-Forwarded-For for it, which anyone can write.
 		attribute.String("client.address", rec.Peer),
-	)
+	}
+	add := func(key, value string) {
+		if value != "" {
+			attributes = append(attributes, attribute.String(key, value))
+		}
+	}
+	add("partnerguard.call", rec.Call.String())
+	add("partnerguard.integration", rec.Integration)
+	add("partnerguard.mode", rec.Mode.String())
+	add("partnerguard.effect", rec.Effect.String())
+	add("partnerguard.reason", string(rec.Reason))
+	add("partnerguard.mfa", rec.Token.MFA.String())
+	add("partnerguard.rejection", string(rec.Rejection))
+	add("partnerguard.error", rec.Error)
+	add("partnerguard.request_id", rec.RequestID)
+	add("http.route", rec.Route)
+	if rec.Status > 0 {
+		// otelhttp does not come to say so when the answer breaks off.
+		attributes = append(attributes, attribute.Int("http.response.status_code", rec.Status))
+	}
+	if failure := failureOf(rec); failure != "" {
+		add("error.type", failure)
+		span.SetStatus(codes.Error, "")
+	}
+	span.SetAttributes(attributes...)
+}
+
+// failureOf is the error.type of a call that failed: how it failed, else the status. It
+// is empty for a call that went well, was refused, or that its client gave up.
+func failureOf(rec *proxy.Record) string {
+	switch {
+	case strings.HasPrefix(rec.Error, "client_"): // canceled, stalled
+		return ""
+	case rec.Error != "":
+		return rec.Error
+	case rec.Status >= 500:
+		return strconv.Itoa(rec.Status)
+	}
+	return ""
+}
+
+// knownMethods are those of RFC 9110 and RFC 5789.
+var knownMethods = []string{
+	http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete,
+	http.MethodConnect, http.MethodOptions, http.MethodTrace,
 }
