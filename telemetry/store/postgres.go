@@ -34,7 +34,8 @@ type postgres struct {
 	conn   *pgx.Conn // nil while closed
 	ledger int32     // its number in the database
 	joiner *joiner
-	days   map[int32]bool // that have partitions
+	// The days that have partitions, and of these those whose filters are as good as can be.
+	days, filtered map[int32]bool
 	// What was needed lately: dims by what they hold, details and tokens likewise, each
 	// with the seq of the call that it came with first, and what the calls of a day
 	// count under.
@@ -409,7 +410,7 @@ func (p *postgres) close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	err := p.conn.Close(ctx)
-	p.conn, p.joiner, p.days, p.dims, p.details, p.tokens, p.admitted = nil, nil, nil, nil, nil, nil, nil
+	p.conn, p.joiner, p.days, p.filtered, p.dims, p.details, p.tokens, p.admitted = nil, nil, nil, nil, nil, nil, nil, nil
 	p.stripped, p.pending = nil, pgPending{}
 	p.rows, p.newDetails, p.newTokens, p.people = copyBuffer{}, copyBuffer{}, copyBuffer{}, people{}
 	return err
@@ -441,7 +442,9 @@ func (p *postgres) idle(ctx context.Context, caughtUp bool) error {
 	defer cancel()
 	err := p.followPeople(ctx)
 	if err == nil && caughtUp {
-		err = p.foldEnded(ctx)
+		if err = p.foldEnded(ctx); err == nil {
+			err = p.filterEnded(ctx)
+		}
 	}
 	if now := time.Now(); err == nil && now.Sub(p.heard) >= pgHeartbeat {
 		p.heard = now

@@ -361,7 +361,7 @@ func (p *postgres) loadDays(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p.days = map[int32]bool{}
+	p.days, p.filtered = map[int32]bool{}, map[int32]bool{}
 	for _, name := range names {
 		if day, err := time.Parse(dayLayout, strings.TrimPrefix(name, "calls_")); err == nil {
 			p.days[dayOf(day)] = true
@@ -404,6 +404,11 @@ func (p *postgres) makeDays(ctx context.Context, days ...int32) error {
 				if _, err := tx.Exec(ctx, fmt.Sprintf("ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM ('%s') TO ('%s')", table, child, from, to)); err != nil {
 					return err
 				}
+				// A filter that stands is written again, all 4 KB of it, with every row of its
+				// range. PostgreSQL makes them when a range is full; this one is there at once.
+				if _, err := tx.Exec(ctx, "SELECT brin_desummarize_range(c.oid, 0)"+filtersOf, child); err != nil {
+					return err
+				}
 			}
 			return nil
 		})
@@ -411,6 +416,31 @@ func (p *postgres) makeDays(ctx context.Context, days ...int32) error {
 			return fmt.Errorf("make partition of %s: %w", from, err)
 		}
 		p.days[day] = true
+	}
+	return nil
+}
+
+// filtersOf are the BRIN indexes c of a table.
+const filtersOf = ` FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+	WHERE i.indrelid = to_regclass($1) AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'brin')`
+
+// filterEnded makes what is missing of the filters of days that ended: their last ranges
+// will not fill up. It takes its time only when there is nothing else to do.
+func (p *postgres) filterEnded(ctx context.Context) error {
+	const patience = time.Second
+	began, today := time.Now(), dayOf(p.cfg.Now())
+	for day := range p.days {
+		if day >= today || p.filtered[day] {
+			continue
+		}
+		_, err := p.conn.Exec(ctx, "SELECT brin_summarize_new_values(c.oid)"+filtersOf, "calls_"+dayTime(day).Format(dayLayout))
+		if code := code(err); err != nil && code != "55P03" && code != "57014" { // locked, or too much at once: searches read those rows
+			return err
+		}
+		p.filtered[day] = true
+		if time.Since(began) > patience {
+			break
+		}
 	}
 	return nil
 }
@@ -475,6 +505,7 @@ func (p *postgres) prune(ctx context.Context, cutoff time.Time) (done bool, err 
 		}
 		delete(p.days, day)
 		delete(p.stripped, day)
+		delete(p.filtered, day)
 	}
 	return true, nil
 }

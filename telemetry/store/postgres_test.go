@@ -695,6 +695,36 @@ func TestDaysAreDroppedAtRetention(t *testing.T) {
 	}
 }
 
+// A filter is not made while rows come in, and is made once its day has ended.
+func TestFiltersAreMadeWhenADayEnded(t *testing.T) {
+	for now, want := range map[time.Time]int{start: 3, start.AddDate(0, 0, 1): 0} {
+		place := postgresShelf(t)
+		cfg := place.config(sample(), nil)
+		cfg.Now = func() time.Time { return now }
+		s, err := Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		catchUp(t, s)
+		catchUp(t, s) // idle
+		all := readCalls(t, place.reader(t), Filter{EndedOnly: true})
+		if got := readCalls(t, place.reader(t), Filter{Call: all[2].ID}); len(got) != 1 {
+			t.Errorf("on %v: %d calls found by their id, want 1", now, len(got))
+		}
+		u, _ := url.Parse(place.url)
+		_, conn := connectTo(t, place)
+		var filters, missing int // which this makes
+		if err := conn.QueryRow(t.Context(), "SELECT count(*), sum(brin_summarize_range(c.oid, 0))"+filtersOf, u.Query().Get("search_path")+".calls_"+dayTime(dayOf(start)).Format(dayLayout)).
+			Scan(&filters, &missing); err != nil {
+			t.Fatal(err)
+		}
+		if filters != 3 || missing != want {
+			t.Errorf("on %v: of %d filters %d were missing, want %d of 3", now, filters, missing, want)
+		}
+	}
+}
+
 func TestIdentitiesOfAFleet(t *testing.T) {
 	one := postgresShelf(t)
 	two := one.guard(t)
