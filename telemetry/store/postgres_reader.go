@@ -503,6 +503,10 @@ func (r *postgresReader) selected(ctx context.Context, f Filter) (*selected, err
 		s.ids = true
 		if guid, ok := parseGUID(call); ok {
 			s.calls.add("call = ?", [16]byte(guid))
+			if guid.Version() == 7 { // which says when the call began
+				hour := hourOf(timeOf(call))
+				s.calls.days(hour-24, hour+24)
+			}
 		} else {
 			s.calls.add("odd_folded @> ARRAY[?] AND odd[1] = ?", foldOdd(call), pgText(call))
 		}
@@ -516,8 +520,13 @@ func (r *postgresReader) selected(ctx context.Context, f Filter) (*selected, err
 		cond := fmt.Sprintf("odd_folded @> ARRAY[?] AND (%s = ? OR %s = ? OR same & %d <> 0 AND %s = ?)", foldedOdd(odd), foldedOdd(upstreamOdd), own, foldedOdd(1))
 		args := []any{foldOdd(want), pgText(lower), pgText(lower), pgText(lower)}
 		if guid, ok := parseGUID(lower); ok {
-			cond = fmt.Sprintf("(%[1]s = ? OR upstream_%[1]s = ? OR call = ? AND same & %[2]d <> 0 OR %[3]s)", column, own, cond)
-			args = append([]any{[16]byte(guid), [16]byte(guid), [16]byte(guid)}, args...)
+			cond = fmt.Sprintf("(%[1]s = ? OR upstream_%[1]s = ? OR %[2]s", column, cond)
+			args = append([]any{[16]byte(guid), [16]byte(guid)}, args...)
+			if mayBeOwn(lower) {
+				cond += fmt.Sprintf(" OR call = ? AND same & %d <> 0", own)
+				args = append(args, [16]byte(guid))
+			}
+			cond += ")"
 		}
 		s.calls.add(cond, args...)
 	}

@@ -499,10 +499,10 @@ func (c *copyBuffer) call(ord int32, call *pgRow) {
 		upstreamCorrelation, same = "", same|sameCorrelation
 	}
 	request, correlation := call.RequestID, call.CorrelationID
-	if request != "" && request == call.ID {
+	if request != "" && request == call.ID && mayBeOwn(request) {
 		request, same = "", same|ownRequest
 	}
-	if correlation != "" && correlation == call.ID {
+	if correlation != "" && correlation == call.ID && mayBeOwn(correlation) {
 		correlation, same = "", same|ownCorrelation
 	}
 	c.row(24)
@@ -565,6 +565,13 @@ func foldOdd(id string) string {
 
 // maxFolded is how many bytes of a text an index takes in here.
 const maxFolded = 200
+
+// mayBeOwn reports whether an id can be stored as that of the call. Most GUIDs that
+// clients send are no UUIDv7, as the guard's are: no search for them looks there.
+func mayBeOwn(id string) bool {
+	guid, ok := parseGUID(id)
+	return !ok || guid.Version() == 7
+}
 
 // detail appends a row of details.
 func (c *copyBuffer) detail(ledger int32, call *pgRow) {
