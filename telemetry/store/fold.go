@@ -69,16 +69,6 @@ func (p *pending) add(c, counted *Call, dim *entry, customer sumKey, customerDim
 	}
 }
 
-// before reports whether a call that began before hour waits to be folded.
-func (p *pending) before(hour int64) bool {
-	for h := range p.hours {
-		if h < hour {
-			return true
-		}
-	}
-	return false
-}
-
 // fold writes what is pending. It belongs to the transaction that the last of the
 // calls is written with, or a later one.
 func (w *writer) fold(ctx context.Context) error {

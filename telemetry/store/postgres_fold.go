@@ -33,16 +33,6 @@ func (p *postgres) count(r *pgRow) {
 	p.pending.behind = p.pending.behind || r.Finish <= p.folded
 }
 
-// before reports whether a call that began before hour waits to be folded.
-func (w *pgPending) before(hour int64) bool {
-	for h := range w.tally[byRoute] {
-		if h < hour {
-			return true
-		}
-	}
-	return false
-}
-
 // foldEnded folds what is pending of the days that ended: their partitions may be
 // dropped some day, also by another guard.
 func (p *postgres) foldEnded(ctx context.Context) error {

@@ -46,7 +46,7 @@ func (s *sqliteDB) prune(ctx context.Context, cutoff time.Time) (done bool, err 
 // if it is empty, that began in hours that ended before hour. done says that none is
 // left.
 func (w *writer) strip(ctx context.Context, tenant string, groups map[string]time.Time, hour int64) (done bool, err error) {
-	if w.stripped[tenant] >= hour && !w.pending.before(hour) {
+	if w.stripped[tenant] >= hour && !w.pending.sums.before(hour) {
 		return true, nil
 	}
 	if _, err := w.conn.ExecContext(ctx, "BEGIN IMMEDIATE"); err != nil {

@@ -66,6 +66,16 @@ func (t *tally) count(by int, hour int64, key sumKey, at int64) {
 	sums[key] = sums[key].plus(sumValue{1, at, at})
 }
 
+// before reports whether a call is counted that began before hour.
+func (t *tally) before(hour int64) bool {
+	for h := range t[byRoute] {
+		if h < hour {
+			return true
+		}
+	}
+	return false
+}
+
 type sumEntry struct {
 	sumKey
 	sumValue

@@ -379,7 +379,7 @@ func (w *writer) prune(_ context.Context, cutoff time.Time) (done bool, err erro
 }
 
 func (w *writer) pruneBefore(ctx context.Context, hour int64) (done bool, err error) {
-	if w.pending.before(hour) {
+	if w.pending.sums.before(hour) {
 		if err := w.fold(ctx); err != nil {
 			return false, err
 		}
