@@ -9,7 +9,6 @@ import (
 	"encoding/base64"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -62,21 +61,10 @@ func (c *canaries) search(where string, output []byte) {
 // searchTree searches every file of a directory.
 func (c *canaries) searchTree(where, dir string) (all []byte) {
 	c.t.Helper()
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		b, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		c.search(where+", file "+d.Name(), b)
-		all = append(all, b...)
-		return nil
+	eachFile(c.t, dir, func(path string, data []byte) {
+		c.search(where+", file "+filepath.Base(path), data)
+		all = append(all, data...)
 	})
-	if err != nil {
-		c.t.Fatal(err)
-	}
 	return all
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -14,20 +15,43 @@ import (
 func filesWith(t *testing.T, dir, s string) []string {
 	t.Helper()
 	var names []string
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		data, err := os.ReadFile(path)
+	eachFile(t, dir, func(path string, data []byte) {
 		if strings.Contains(string(data), s) {
 			names = append(names, path)
 		}
-		return err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	return names
+}
+
+// eachFile hands what the files of a directory hold to visit. A guard that runs may
+// rename one just then: what was read is forgotten, and all is read anew, so that
+// nothing is missed under its new name.
+func eachFile(t *testing.T, dir string, visit func(path string, data []byte)) {
+	t.Helper()
+	type file struct {
+		path string
+		data []byte
+	}
+	files := awaiting(t, func() (files []file, whole bool) {
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			data, err := os.ReadFile(path)
+			files = append(files, file{path, data})
+			return err
+		})
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil, false
+		case err != nil:
+			t.Fatal(err)
+		}
+		return files, true
+	})
+	for _, f := range files {
+		visit(f.path, f.data)
+	}
 }
 
 // A user is forgotten while the guard runs and he goes on calling. His name does not

@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/json"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -40,21 +39,13 @@ func TestPseudonymousUsersStayUnnamedInMicrosoftsRecords(t *testing.T) {
 	whom, objectOf := []string{strings.ToLower(kim), "kim@contoso.example"}, map[string]string{}
 	nobody := func(when, text string) {
 		t.Helper()
-		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-			if err != nil || d.IsDir() {
-				return err
-			}
-			data, err := os.ReadFile(path)
+		eachFile(t, dir, func(path string, data []byte) {
 			for _, who := range whom {
 				if strings.Contains(strings.ToLower(string(data)), who) {
 					t.Errorf("%s, %s stands in %s", when, who, path)
 				}
 			}
-			return err
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
 		for _, who := range whom {
 			if strings.Contains(strings.ToLower(text), who) {
 				t.Errorf("%s, it shows %s:\n%s", when, who, text)
