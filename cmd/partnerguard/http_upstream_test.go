@@ -581,7 +581,7 @@ func (c *http2Conn) serve() {
 		c.w.mu.Unlock()
 	}()
 	if hello == nil {
-		c.fr.WriteSettings()
+		c.do(func(fr *http2.Framer) { fr.WriteSettings() })
 	} else if !hello(c) {
 		return
 	}
@@ -858,7 +858,10 @@ func TestHostileHTTP2Upstream(t *testing.T) {
 			c.Write([]byte{0, 0, 5, 4, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5})
 			return true
 		}, unreachable},
-		{"a ping first", func(c *http2Conn) bool { c.fr.WritePing(false, [8]byte{}); return true }, unreachable},
+		{"a ping first", func(c *http2Conn) bool {
+			c.do(func(fr *http2.Framer) { fr.WritePing(false, [8]byte{}) })
+			return true
+		}, unreachable},
 		{"HTTP/1.1", func(c *http2Conn) bool { io.WriteString(c, wireOK+`{"ok":true}`); return true }, unreachable},
 		{"nothing", func(c *http2Conn) bool { return false }, unreachable},
 		{"silence", func(c *http2Conn) bool { io.Copy(io.Discard, c); return false }, tooLate},
@@ -1009,8 +1012,9 @@ type zeros struct{}
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func setting(id http2.SettingID, value uint32) func(*http2Conn) bool {
-	return func(c *http2Conn) bool {
-		return c.fr.WriteSettings(http2.Setting{ID: id, Val: value}) == nil
+	return func(c *http2Conn) (ok bool) {
+		c.do(func(fr *http2.Framer) { ok = fr.WriteSettings(http2.Setting{ID: id, Val: value}) == nil })
+		return ok
 	}
 }
 

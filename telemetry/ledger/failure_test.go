@@ -169,12 +169,17 @@ func (g *log) await(t *testing.T, k EventKind) Event {
 
 func openFaulty(t *testing.T, cfg Config) (*Ledger, *faulty, *log) {
 	t.Helper()
+	return openFaultyAt(t, cfg, fast)
+}
+
+func openFaultyAt(t *testing.T, cfg Config, p pace) (*Ledger, *faulty, *log) {
+	t.Helper()
 	fs, events := &faulty{}, &log{}
 	cfg.Event = events.add
 	if cfg.MinFree == 0 {
 		cfg.MinFree = -1
 	}
-	l, err := open(cfg, fs, fast)
+	l, err := open(cfg, fs, p)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +199,9 @@ func TestWhatCouldNotBeRecordedLeavesAGap(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
-			l, fs, events := openFaulty(t, Config{Dir: dir})
+			p := fast
+			p.probe = time.Hour // below, so that one gap holds all
+			l, fs, events := openFaultyAt(t, Config{Dir: dir}, p)
 			before, lost1, lost2, after := record(), record(), record(), record()
 			decide(t, l, before)
 
@@ -217,7 +224,9 @@ func TestWhatCouldNotBeRecordedLeavesAGap(t *testing.T) {
 				t.Errorf("Status = %+v, want 2 lost calls and the cause", s)
 			}
 			events.await(t, EventFailed)
+			l.probe()
 			fs.heal()
+			l.probe()
 			events.await(t, EventRecovered)
 			if g := events.await(t, EventGap).Gap; g.Calls != 2 || g.Outcomes != 2 || g.Since.After(g.Until) {
 				t.Errorf("gap = %+v, want 2 calls and 2 outcomes", g)
